@@ -1,0 +1,61 @@
+"""avp-agents: LLM agents hand over their computation instead of text.
+
+>>> from avp_agents import LatentEngine
+>>> engine = LatentEngine.from_pretrained()
+>>> context = engine.think("Analyze: 24 * 17 + 3", steps=20)
+>>> engine.generate("Solve step by step: 24 * 17 + 3", context=context).text
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from avp_agents.context import Context, ContextHandle, ContextHandleState, LatentSegment, Readout, TokenSegment
+    from avp_agents.engine.base import Chunk, Engine, Generation
+    from avp_agents.engine.latent_engine import LatentEngine
+    from avp_agents.errors import AvpError
+    from avp_agents.store import ContextStore, DiskStore, MemoryStore, Namespace, TieredStore
+    from avp_agents.usage import Handoff, Usage
+
+_HOME = {
+    "AvpError": "errors",
+    "Chunk": "engine.base",
+    "Context": "context",
+    "ContextHandle": "context",
+    "ContextHandleState": "context",
+    "ContextStore": "store",
+    "DiskStore": "store",
+    "Engine": "engine.base",
+    "Generation": "engine.base",
+    "Handoff": "usage",
+    "LatentEngine": "engine.latent_engine",
+    "LatentSegment": "context",
+    "MemoryStore": "store",
+    "Namespace": "store",
+    "Readout": "context",
+    "TieredStore": "store",
+    "TokenSegment": "context",
+    "Usage": "usage",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "AvpError", "Chunk", "Context", "ContextHandle", "ContextHandleState", "ContextStore", "DiskStore", "Engine",
+    "Generation", "Handoff", "LatentEngine", "LatentSegment", "MemoryStore", "Namespace", "Readout", "TieredStore",
+    "TokenSegment", "Usage",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that ``import avp_agents`` stays free of torch (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'avp_agents' has no attribute {name!r}")
+    value = getattr(import_module(f"avp_agents.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

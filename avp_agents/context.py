@@ -1,0 +1,426 @@
+"""Contexts: what one agent hands to another.
+
+A `Context` is an immutable *lineage* (token ids and latent embeddings, in order) of one model. Its KV-cache is only a
+cache of that lineage: it may be on the device, on the host, on disk or gone, and can be rebuilt by one prefill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+
+from avp_agents.errors import ConfigurationError, InvalidHandleError, NotStoredError
+
+if TYPE_CHECKING:
+    import torch
+
+    from avp_agents.usage import Handoff, Usage
+
+LatentMethod = Literal["soft", "ridge", "rescale"]
+_HANDLE_ID = re.compile(r"avp:1:[0-9a-f]{32}")
+_HANDLE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentRecipe:
+    """How a run of latent steps was made; part of a context's identity.
+
+    Attributes:
+        method: The step function f(h): ``"soft"`` (expected input embedding), ``"ridge"`` or ``"rescale"``.
+        k: Number of most likely tokens in the soft embedding; None is the whole vocabulary. Only for ``"soft"``.
+        temperature: Softmax temperature of the soft embedding.
+        renormalise: Whether the result is rescaled to the mean norm of the input embeddings.
+        steps: Steps asked for.
+        stop_cosine: Stop when the cosine between consecutive hidden states exceeds this.
+        stop_entropy: Stop when the entropy (nats) of the next-token distribution falls below this.
+    """
+
+    method: LatentMethod
+    k: int | None
+    temperature: float
+    renormalise: bool
+    steps: int
+    stop_cosine: float | None = None
+    stop_entropy: float | None = None
+
+    def canonical(self) -> bytes:
+        """A stable byte string of all fields, for digests."""
+        fields = (self.method, self.k, float(self.temperature).hex(), self.renormalise, self.steps)
+        stops = (_hex_or_none(self.stop_cosine), _hex_or_none(self.stop_entropy))
+        return repr(fields + stops).encode()
+
+
+def _hex_or_none(value: float | None) -> str | None:
+    return None if value is None else float(value).hex()
+
+
+@dataclass(frozen=True)
+class TokenSegment:
+    """Token ids, in order: prompt, generated or sampled."""
+
+    token_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ids as int32."""
+        return 4 * len(self.token_ids)
+
+    def recipe_bytes(self) -> bytes:
+        """What identifies this segment within its lineage."""
+        return b"tokens" + np.asarray(self.token_ids, dtype="<i4").tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSegment:
+    """The embeddings that the latent steps fed back to the model.
+
+    Attributes:
+        embeddings: ``[steps, hidden]``, in the model's dtype, on the CPU.
+        recipe: How they were made.
+    """
+
+    embeddings: torch.Tensor
+    recipe: LatentRecipe
+
+    def __len__(self) -> int:
+        return int(self.embeddings.shape[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the embeddings."""
+        return self.embeddings.numel() * self.embeddings.element_size()
+
+    def recipe_bytes(self) -> bytes:
+        """What identifies this segment within its lineage: how it was made, never the values.
+
+        Values differ in their last bits with the company they were computed in; the recipe does not.
+        """
+        return b"latent" + len(self).to_bytes(4, "little") + self.recipe.canonical()
+
+
+Segment = TokenSegment | LatentSegment
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """What the model was about to say after the last latent step.
+
+    Attributes:
+        hidden: ``[hidden]``, the last hidden state h_N (after the final norm), not fed back; model dtype, CPU.
+        token_ids: ``[k]`` int64, the most likely next tokens, most likely first.
+        probabilities: ``[k]`` float32, their probabilities.
+    """
+
+    hidden: torch.Tensor
+    token_ids: torch.Tensor
+    probabilities: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors."""
+        tensors = (self.hidden, self.token_ids, self.probabilities)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class KvCache(ABC):
+    """The KV-cache of a lineage's first `length` positions, wherever it lies.
+
+    A value: `length` positions never change. An implementation may lose its memory (eviction); then `available` turns
+    False and `to_host` raises `KvMemoryError`.
+    """
+
+    length: int
+
+    @property
+    @abstractmethod
+    def available(self) -> bool:
+        """Whether the tensors can still be read."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+
+    @property
+    @abstractmethod
+    def on_device(self) -> bool:
+        """Whether the tensors lie in an engine's own KV pool (and count against its budget, not a store's)."""
+
+    @abstractmethod
+    def to_host(self, start: int = 0, stop: int | None = None) -> HostKv:
+        """Positions ``start:stop`` as host tensors. Copies when the cache is on a device, else returns views."""
+
+
+@dataclass(frozen=True, eq=False)
+class HostKv(KvCache):
+    """A KV-cache in host memory (or memory-mapped), in the model-neutral layout.
+
+    Attributes:
+        layers: One ``(keys, values)`` pair per layer, each ``[kv_heads, length, head_dim]``; keys carry their rotation.
+    """
+
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Positions held."""
+        return int(self.layers[0][0].shape[1]) if self.layers else 0
+
+    @property
+    def available(self) -> bool:
+        """Always: host tensors are owned by this object."""
+        return True
+
+    @property
+    def on_device(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
+
+    def to_host(self, start: int = 0, stop: int | None = None) -> HostKv:
+        """Views of positions ``start:stop``."""
+        if start == 0 and stop in (None, self.length):
+            return self
+        return HostKv(tuple((k[:, start:stop], v[:, start:stop]) for k, v in self.layers))
+
+
+@dataclass
+class _Attachments:
+    """What surrounds an immutable context without being part of its value."""
+
+    kv: KvCache | None = None
+    handle: ContextHandle | None = None
+    usage: Usage | None = None
+    handoff: Handoff | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """An immutable lineage of one model, with an optional readout and, while it lasts, a KV-cache.
+
+    Attributes:
+        fingerprint: Which weights, architecture and tokenizer (hex digest).
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        lineage: The segments, oldest first.
+        readout: What the model was about to say; present after latent steps.
+
+    Example:
+        >>> context = engine.think("Analyze: 24 * 17 + 3", steps=20)
+        >>> len(context), [type(s).__name__ for s in context.lineage]
+        (61, ['TokenSegment', 'LatentSegment'])
+    """
+
+    fingerprint: str
+    dtype: str
+    lineage: tuple[Segment, ...]
+    readout: Readout | None = None
+    _attached: _Attachments = field(default_factory=_Attachments, repr=False)
+
+    def __len__(self) -> int:
+        return sum(len(segment) for segment in self.lineage)
+
+    @cached_property
+    def recipe_ids(self) -> tuple[str, ...]:
+        """One digest per prefix of the lineage: ``recipe_ids[i]`` identifies ``lineage[: i + 1]``; 64 hex digits."""
+        digest = hashlib.blake2b(f"avp1|{self.fingerprint}|{self.dtype}".encode(), digest_size=32).digest()
+        ids = []
+        for segment in self.lineage:
+            digest = hashlib.blake2b(digest + segment.recipe_bytes(), digest_size=32).digest()
+            ids.append(digest.hex())
+        return tuple(ids)
+
+    @property
+    def recipe_id(self) -> str:
+        """Digest of the whole recipe: fingerprint, dtype, token ids, latent recipes. Never of latent values."""
+        if not self.lineage:
+            raise ConfigurationError("An empty context has no recipe id; a context starts with at least one token.")
+        return self.recipe_ids[-1]
+
+    @property
+    def kv(self) -> KvCache | None:
+        """The KV-cache, if one is attached and still available."""
+        kv = self._attached.kv
+        return kv if kv is not None and kv.available else None
+
+    @property
+    def kv_len(self) -> int:
+        """Positions whose keys and values are cached; after generation the last token's may be missing."""
+        kv = self.kv
+        return 0 if kv is None else kv.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of lineage and readout: what must be kept so that nothing is lost."""
+        return sum(s.nbytes for s in self.lineage) + (self.readout.nbytes if self.readout else 0)
+
+    @property
+    def latent_steps(self) -> int:
+        """Latent positions in the whole lineage."""
+        return sum(len(s) for s in self.lineage if isinstance(s, LatentSegment))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the lineage consists of tokens only."""
+        return all(isinstance(segment, TokenSegment) for segment in self.lineage)
+
+    def token_ids(self) -> tuple[int, ...]:
+        """All token ids in order, latent positions left out."""
+        return tuple(t for s in self.lineage if isinstance(s, TokenSegment) for t in s.token_ids)
+
+    def extends(self, other: Context) -> bool:
+        """Whether `other`'s lineage is a prefix of this one's (same recipe)."""
+        n = len(other.lineage)
+        return n <= len(self.lineage) and self.recipe_ids[:n] == other.recipe_ids
+
+    @property
+    def usage(self) -> Usage | None:
+        """What making this context cost; None for a context that came out of a store."""
+        return self._attached.usage
+
+    @property
+    def handoff(self) -> Handoff | None:
+        """How the context's parent was used when it was made; None for a context that came out of a store."""
+        return self._attached.handoff
+
+    def attach(
+        self,
+        *,
+        kv: KvCache | None = None,
+        handle: ContextHandle | None = None,
+        usage: Usage | None = None,
+        handoff: Handoff | None = None,
+    ) -> None:
+        """Note where this context's KV-cache or stored record is, or what making it cost. Its value does not change."""
+        given = {"kv": kv, "handle": handle, "usage": usage, "handoff": handoff}
+        for name, value in given.items():
+            if value is not None:
+                setattr(self._attached, name, value)
+
+    def detach_kv(self) -> None:
+        """Forget the KV-cache; the next use replays the lineage."""
+        self._attached.kv = None
+
+    def to_handle(self) -> ContextHandle:
+        """The handle under which this context was put into a store.
+
+        Raises:
+            NotStoredError: It never was. Call ``store.put(context)`` first.
+        """
+        if self._attached.handle is None:
+            raise NotStoredError("This context was never stored. Call store.put(context), which returns its handle.")
+        return self._attached.handle
+
+
+class ContextHandleState(TypedDict):
+    """A handle as plain JSON data, for graph state. Under 300 bytes; no path, URL, device or secret."""
+
+    v: int
+    id: str
+    agent: str
+    model: str
+    tokens: int
+    bytes: int
+    text: str
+    created: str
+
+
+@dataclass(frozen=True)
+class ContextHandle:
+    """A small, opaque reference to a stored context.
+
+    Attributes:
+        id: ``"avp:1:"`` and 32 hex digits, a digest keyed by the namespace.
+        model: First 16 digits of the model's fingerprint.
+        tokens: Positions of the lineage.
+        bytes: Bytes of lineage and readout.
+        agent: Who produced it (a node's name, a role), for people.
+        text: One short line for people; never rendered to a model that resolves the handle.
+        created: ISO 8601 time in UTC.
+    """
+
+    id: str
+    model: str = ""
+    tokens: int = 0
+    bytes: int = 0
+    agent: str = ""
+    text: str = ""
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not _HANDLE_ID.fullmatch(self.id):
+            raise InvalidHandleError(f"Not a context handle id: {str(self.id)[:60]!r} (expected 'avp:1:' + 32 hex digits).")
+
+    def to_state(self) -> ContextHandleState:
+        """The handle as JSON data, texts cut so that it stays under 300 bytes."""
+        return {
+            "v": _HANDLE_VERSION, "id": self.id, "agent": _cut(self.agent, 32), "model": self.model,
+            "tokens": self.tokens, "bytes": self.bytes, "text": _cut(self.text, 80), "created": self.created,
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, state: ContextHandle | ContextHandleState | dict[str, Any] | str) -> ContextHandle:
+        """Read a handle from graph state, which is untrusted input.
+
+        Raises:
+            InvalidHandleError: It is not well formed, or of a version this release does not know.
+        """
+        if isinstance(state, ContextHandle):
+            return state
+        if isinstance(state, str):
+            return cls(id=state)
+        if not isinstance(state, dict):
+            raise InvalidHandleError(f"A handle is a dict or a string, not {type(state).__name__}.")
+        if state.get("v") != _HANDLE_VERSION:
+            raise InvalidHandleError(f"Handle version {state.get('v')!r} is unknown; this release reads {_HANDLE_VERSION}.")
+        texts = {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created")}
+        try:
+            counts = {name: int(state.get(name, 0)) for name in ("tokens", "bytes")}
+        except (TypeError, ValueError) as error:
+            raise InvalidHandleError("A handle's 'tokens' and 'bytes' must be integers.") from error
+        return cls(id=state.get("id", ""), **texts, **counts)
+
+    def labelled(self, *, agent: str, text: str) -> ContextHandle:
+        """The same handle with another agent's name and line of text."""
+        return replace(self, agent=agent, text=text)
+
+
+def _cut(text: str, limit: int) -> str:
+    """`text` in at most `limit` UTF-8 bytes."""
+    raw = text.encode()
+    if len(raw) <= limit:
+        return text
+    return raw[: limit - 3].decode(errors="ignore") + "…"
+
+
+def lineage_prefix(lineage: Sequence[Segment], positions: int) -> tuple[Segment, ...]:
+    """The lineage's first `positions` positions; a token segment may be cut, a latent one may not.
+
+    Raises:
+        ConfigurationError: The cut would fall inside a latent segment.
+    """
+    kept: list[Segment] = []
+    for segment in lineage:
+        if positions <= 0:
+            break
+        if len(segment) > positions:
+            if isinstance(segment, LatentSegment):
+                raise ConfigurationError("A lineage cannot be cut inside a run of latent steps.")
+            segment = TokenSegment(segment.token_ids[:positions])
+        kept.append(segment)
+        positions -= len(segment)
+    return tuple(kept)

@@ -1,0 +1,132 @@
+"""The demo's contract: what the command line asks of a framework's demo, and what it gets back.
+
+``avp-agents demo`` runs the same two agents twice, once handing over a latent context and once handing over text.
+The graphs belong to a framework's integration, which registers a `Demo` under the entry point group
+``avp_agents.demos``; this package itself imports no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from avp_agents.engine.base import Engine
+
+ENTRY_POINT_GROUP = "avp_agents.demos"
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """What the demo is to do.
+
+    Attributes:
+        question: What the agents work on.
+        latent_steps: Latent steps of the latent graph's researcher.
+        researcher_tokens: Most tokens the text graph's researcher decodes.
+        max_tokens: Most tokens either solver decodes.
+    """
+
+    question: str
+    latent_steps: int
+    researcher_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class AgentRun:
+    """What one agent did.
+
+    Attributes:
+        agent: Its name in the graph.
+        seconds: Wall time of its node.
+        latent_steps: Latent steps it ran.
+        tokens_decoded: Tokens it decoded.
+        positions_reused: Positions it was conditioned on whose keys and values were already there.
+        bytes_handed_over: Bytes it received: the message in the graph's state, and what moved outside of it.
+        mode: How the work of the agent before it reached it: ``"none"`` for the first one, ``"kv"``, ``"text"``, ...
+        text: What it wrote.
+    """
+
+    agent: str
+    seconds: float
+    latent_steps: int
+    tokens_decoded: int
+    positions_reused: int
+    bytes_handed_over: int
+    mode: str
+    text: str
+
+
+@dataclass(frozen=True)
+class GraphRun:
+    """What one graph did, agent by agent.
+
+    Attributes:
+        agents: The agents in the order they ran; the last one wrote the answer.
+        seconds: Wall time of the whole graph.
+    """
+
+    agents: tuple[AgentRun, ...]
+    seconds: float
+
+    @property
+    def answer(self) -> str:
+        """What the last agent wrote."""
+        return self.agents[-1].text
+
+    @property
+    def mode(self) -> str:
+        """How the last agent received what came before it."""
+        return self.agents[-1].mode
+
+    @property
+    def tokens_decoded(self) -> int:
+        """Tokens that all agents decoded."""
+        return sum(agent.tokens_decoded for agent in self.agents)
+
+    @property
+    def positions_reused(self) -> int:
+        """Positions that all agents found already computed."""
+        return sum(agent.positions_reused for agent in self.agents)
+
+    @property
+    def bytes_handed_over(self) -> int:
+        """Bytes that all agents received from one another."""
+        return sum(agent.bytes_handed_over for agent in self.agents)
+
+    def to_json(self) -> dict[str, Any]:
+        """The graph's figures and its answer."""
+        return {
+            "seconds": round(self.seconds, 4),
+            "tokens_decoded": self.tokens_decoded,
+            "positions_reused": self.positions_reused,
+            "bytes_handed_over": self.bytes_handed_over,
+            "mode": self.mode,
+            "answer": self.answer,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same agents and question, handing over a latent context and handing over text."""
+
+    latent: GraphRun
+    text: GraphRun
+
+    @property
+    def ratio(self) -> float:
+        """Seconds of the text graph over seconds of the latent graph."""
+        return self.text.seconds / self.latent.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Both graphs' figures and the ratio of their seconds."""
+        return {"latent": self.latent.to_json(), "text": self.text.to_json(), "ratio": round(self.ratio, 3)}
+
+
+class Demo(Protocol):
+    """What an integration registers."""
+
+    def __call__(self, engine: Engine, request: DemoRequest, report: Callable[[str], None]) -> Comparison:
+        """Run both graphs, after warming the model, telling `report` what is going on."""
+        ...

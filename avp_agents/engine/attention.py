@@ -1,0 +1,266 @@
+"""Attention over the KV pool, by the extension points that transformers offers to unmodified model code.
+
+A forward pass of the engine is one *ragged* sequence of T positions that belong to several rows (sequences). Three
+pieces make the model code compute it exactly:
+
+- `PoolCache` stands in for transformers' cache: its layers write the T new keys and values to their pool positions
+  and hand the whole pool on;
+- `attend`, registered as attention implementation ``"avp"``, reads from the pool what each row may see. No mask
+  function of that name exists, so the model code passes no mask at all;
+- explicit `position_ids` give every position its place in its own row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from avp_agents.engine.kv_pool import KvPool
+from avp_agents.errors import UnsupportedModelError
+
+IMPLEMENTATION = "avp"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence's share of a forward pass.
+
+    Attributes:
+        first: Index of its first new position among the T.
+        count: New positions.
+        base: Where its keys and values begin in the pool.
+        length: Positions of the sequence after this pass.
+    """
+
+    first: int
+    count: int
+    base: int
+    length: int
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Single-position rows as tensors of fixed shapes, for a captured step.
+
+    Attributes:
+        where: ``[rows, span]`` int64, pool positions of each row's keys, padded with any valid position.
+        lengths: ``[rows]`` int64, how many of them are real.
+    """
+
+    where: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the T positions of one forward pass belong.
+
+    Attributes:
+        slots: ``[T]`` int64, the pool position each new key and value is written to.
+        rows: The rows, in order; positions beyond the last row are padding whose output is zero.
+        padded: Set for a captured step; then `rows` is not looked at.
+    """
+
+    slots: torch.Tensor
+    rows: Sequence[Row] = ()
+    padded: PaddedRows | None = None
+    _masks: dict[tuple[int, int | None, int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, row: Row, window: int | None, groups: int, like: torch.Tensor) -> torch.Tensor:
+        """Additive mask ``[groups * count, length]`` of a row with several new positions; the same in all layers."""
+        key = (row.first, window, groups, like.dtype)
+        if key not in self._masks:
+            query = torch.arange(row.length - row.count, row.length, device=like.device)[:, None]
+            position = torch.arange(row.length, device=like.device)[None]
+            hidden = position > query
+            if window is not None:
+                hidden |= position <= query - window
+            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            mask.masked_fill_(hidden, torch.finfo(like.dtype).min)
+            self._masks[key] = mask.repeat(groups, 1)
+        return self._masks[key]
+
+
+class PooledLayer(CacheLayerMixin):
+    """One layer's keys and values in the pool, as transformers' cache interface wants them."""
+
+    is_compileable = True
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.slots = torch.empty(0, dtype=torch.int64)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the pool is preallocated."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write ``[1, kv_heads, T, dim]`` to this pass's slots; return the pool ``[1, kv_heads, positions, dim]``."""
+        assert self.keys is not None
+        assert self.values is not None
+        slots = self.slots.to(self.keys.device)
+        self.keys.index_copy_(1, slots, key_states[0])
+        self.values.index_copy_(1, slots, value_states[0])
+        return self.keys[None], self.values[None]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Not used by ``"avp"`` attention, which builds its own masks."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """0: positions are always given explicitly."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """No maximum of its own."""
+        return -1
+
+
+class PoolCache(Cache):
+    """All layers of a `KvPool`; `place` tells them where the next pass writes."""
+
+    def __init__(self, pool: KvPool) -> None:
+        self.pooled = [PooledLayer(k, v) for k, v in zip(pool.keys, pool.values, strict=True)]
+        super().__init__(layers=list(self.pooled))
+
+    def place(self, slots: torch.Tensor) -> None:
+        """Set the pool positions of the next forward pass."""
+        for layer in self.pooled:
+            layer.slots = slots
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    avp_layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of T ragged queries over the pool.
+
+    Args:
+        module: The model's attention layer.
+        query: ``[1, heads, T, key_dim]``.
+        key: The pool's keys, ``[1, kv_heads, positions, key_dim]``; this pass's are written already.
+        value: The pool's values, ``[1, kv_heads, positions, value_dim]``.
+        attention_mask: Always None here.
+        avp_layout: Which position belongs where.
+        scaling: Factor of the scores; ``key_dim ** -0.5`` by default.
+        sliding_window: Positions a query sees, itself included; None is all.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``.
+        **extra: What some architectures add; attention sinks are refused.
+
+    Returns:
+        ``[1, T, heads, value_dim]``, and None for the weights.
+    """
+    if extra.get("s_aux") is not None:
+        raise UnsupportedModelError(f"{type(module).__name__} uses attention sinks, which the engine does not build.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    queries, keys, values = query[0], key[0], value[0]
+    if avp_layout.padded is not None:
+        out = _attend_padded(queries, keys, values, avp_layout.padded, scale, sliding_window, softcap)
+        return out[None], None
+    heads, total = queries.shape[:2]
+    parts: list[torch.Tensor] = []
+    for row in avp_layout.rows:
+        row_query = queries[:, row.first : row.first + row.count]
+        parts.append(_attend_row(row_query, keys, values, row, avp_layout, scale, sliding_window, softcap))
+    padding = total - sum(row.count for row in avp_layout.rows)
+    if padding:
+        parts.append(values.new_zeros(padding, heads, values.shape[-1]))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _attend_row(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    row: Row,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One row: ``[heads, count, dim]`` to ``[count, heads, value_dim]``.
+
+    The query heads that share a key head are stacked as its queries, so that keys are neither repeated nor copied.
+    """
+    heads, count, dim = query.shape
+    kv_heads = keys.shape[0]
+    groups = heads // kv_heads
+    first = row.base
+    if count == 1 and window is not None:
+        first += max(0, row.length - window)
+    span = slice(first, row.base + row.length)
+    mask = layout.mask(row, window, groups, query) if count > 1 else None
+    out = _scores(query.reshape(kv_heads, groups * count, dim), keys[:, span], values[:, span], mask, scale, softcap)
+    return out.reshape(heads, count, -1).transpose(0, 1)
+
+
+def _attend_padded(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    padded: PaddedRows,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Single-position rows of fixed shapes: ``[heads, rows, dim]`` to ``[rows, heads, value_dim]``."""
+    heads, rows, dim = query.shape
+    kv_heads, span = keys.shape[0], padded.where.shape[1]
+    position = torch.arange(span, device=query.device)[None]
+    lengths = padded.lengths[:, None]
+    hidden = position >= lengths
+    if window is not None:
+        hidden = hidden | (position < lengths - window)
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill(hidden, torch.finfo(query.dtype).min)[:, None, None]
+    where = padded.where.reshape(-1)
+    row_keys = keys.index_select(1, where).view(kv_heads, rows, span, -1).transpose(0, 1)
+    row_values = values.index_select(1, where).view(kv_heads, rows, span, -1).transpose(0, 1)
+    grouped = query.transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
+    return _scores(grouped, row_keys, row_values, mask, scale, softcap).reshape(rows, heads, -1)
+
+
+def _scores(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Softmax attention; torch's fused kernel has no soft cap, so that is spelled out."""
+    if softcap is None:
+        batched = query.dim() == 4
+        q, k, v = (t if batched else t[None] for t in (query, keys, values))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out if batched else out[0]
+    scores = softcap * torch.tanh(torch.matmul(query, keys.transpose(-2, -1)).float() * (scale / softcap))
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(torch.softmax(scores, dim=-1).to(values.dtype), values)
+
+
+@cache
+def register() -> None:
+    """Make ``"avp"`` known to transformers (once per process)."""
+    AttentionInterface.register(IMPLEMENTATION, attend)

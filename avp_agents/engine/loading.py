@@ -1,0 +1,326 @@
+"""Loading a Hugging Face model so that the engine can run it: placement, checks, and the one forward call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils.quantization_config import GgufConfig
+
+from avp_agents.engine import attention
+from avp_agents.engine.kv_pool import LayerShape
+from avp_agents.engine.latent_step import Vocabulary
+from avp_agents.engine.packed_linear import can_pack, pack_linears
+from avp_agents.errors import AvpError, ConfigurationError, ModelNotFoundError, UnsupportedModelError
+from avp_agents.fingerprint import model_fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run, and what the engine knows about it.
+
+    Attributes:
+        model: Transformers' own model, attention set to the pool's.
+        tokenizer: Its tokenizer.
+        fingerprint: See `avp_agents.fingerprint`.
+        dtype: Of weights, hidden states and KV-cache.
+        device: Where input embeddings go in.
+        window: Positions the model supports.
+        shapes: What each layer stores per position.
+        vocabulary: Input embeddings and head.
+        eos_ids: Ids that end a sequence, as the model's generation config says.
+        weight_bytes: Bytes of all weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+    window: int
+    shapes: tuple[LayerShape, ...]
+    vocabulary: Vocabulary
+    eos_ids: frozenset[int]
+    weight_bytes: int
+
+    @property
+    def dtype_name(self) -> str:
+        """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+class Forward:
+    """One forward pass: embeddings in, hidden states and the wanted logits out.
+
+    The head's own path runs (scale and soft cap included); hidden states are caught on their way out of the decoder.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._decoder = _decoder(model)
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._keeps = "logits_to_keep" in parameters
+
+    def __call__(
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        logits_at: torch.Tensor | None,
+        cache: Cache | None,
+        layout: attention.Layout | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run T positions.
+
+        Args:
+            embeddings: ``[T, hidden]``.
+            positions: ``[T]`` int64, each within its own row.
+            logits_at: ``[n]`` int64, which of the T positions need logits; None for none.
+            cache: The pool, or None for a plain uncached pass.
+            layout: Where the positions belong; None with a plain pass.
+
+        Returns:
+            Hidden states after the final norm ``[T, hidden]``; logits ``[n, vocabulary]`` or None.
+        """
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings[None], "position_ids": positions[None]}
+        inputs |= {self._cache_name: cache, "use_cache": cache is not None}
+        if layout is not None:
+            inputs["avp_layout"] = layout
+        if logits_at is None:
+            return _last_hidden(self._decoder(**inputs))[0], None
+        if self._keeps:
+            inputs["logits_to_keep"] = logits_at
+        caught: list[torch.Tensor] = []
+        hook = self._decoder.register_forward_hook(lambda _m, _i, output: caught.append(_last_hidden(output)))
+        try:
+            logits = self._model(**inputs).logits[0]
+        finally:
+            hook.remove()
+        return caught[0][0], logits if self._keeps else logits[logits_at]
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+    adapters: Sequence[str],
+    options: Mapping[str, Any],
+) -> LoadedModel:
+    """Load, check and prepare a decoder-only model.
+
+    Args:
+        name_or_path: Hub name or folder.
+        device: Where to run; by default an accelerator if there is one. Not together with ``device_map``.
+        dtype: By default what the checkpoint says, float32 where the CPU has no fast bfloat16.
+        adapters: LoRA adapters (folders or hub names), attached in order.
+        options: Passed to transformers: revision, token, local_files_only, device_map, quantization_config, ...
+
+    Raises:
+        ModelNotFoundError: Neither folder nor hub has it.
+        UnsupportedModelError: The architecture cannot be represented exactly.
+    """
+    if options.get("trust_remote_code"):
+        raise ConfigurationError("trust_remote_code is off: the engine runs only model code that transformers ships.")
+    device_map = options.get("device_map")
+    if device is not None and device_map is not None:
+        raise ConfigurationError("Give device or device_map, not both.")
+    target = torch.device(device) if device is not None else _default_device()
+    shared = {key: options[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **shared, **_gguf(options))
+        config = AutoConfig.from_pretrained(name_or_path, **shared, **_gguf(options))
+        _refuse_encoder_decoder(config, name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            dtype=_choose_dtype(dtype, config, target),
+            attn_implementation=_registered_attention(),
+            **_with_plain_gguf_weights(options),
+        )
+    except AvpError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(error, name_or_path) from error
+    for adapter in adapters:
+        model.load_adapter(adapter)
+    if device_map is None and not getattr(model, "is_quantized", False):
+        model = model.to(target)
+    return _prepare(model.eval(), tokenizer)
+
+
+def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Only the tokenizer, for rendering and counting before the weights are needed.
+
+    Raises:
+        ModelNotFoundError: Neither folder nor hub has it.
+    """
+    shared = {key: options[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in options}
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **shared, **_gguf(options))
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(error, name_or_path) from error
+
+
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    model.requires_grad_(False)
+    fingerprint = model_fingerprint(model, tokenizer)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = embedding.weight
+    head_weight = head.weight if type(head) is nn.Linear else None
+    vocabulary = Vocabulary(
+        embed=embedding,
+        head=head_weight,
+        size=min(len(tokenizer), table.shape[0]),
+        tied=head_weight is not None and head_weight.data_ptr() == table.data_ptr(),
+        device=table.device,
+    )
+    if can_pack(table.device, model.dtype):
+        pack_linears(model, PACKED_ROWS)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint,
+        dtype=model.dtype,
+        device=table.device,
+        window=_window(model),
+        shapes=_layer_shapes(model, vocabulary),
+        vocabulary=vocabulary,
+        eos_ids=_eos_ids(model, tokenizer),
+        weight_bytes=weight_bytes,
+    )
+
+
+class _RecordingLayer(CacheLayerMixin):
+    """Notes the shapes that a layer would store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[LayerShape] = []
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None: ...
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        heads, _, dim = key_states.shape[1:]
+        shape = LayerShape(heads, dim, value_states.shape[-1], key_states.device, key_states.dtype)
+        self.shapes.append(shape)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@torch.inference_mode()
+def _layer_shapes(model: PreTrainedModel, vocabulary: Vocabulary) -> tuple[LayerShape, ...]:
+    """What every layer stores, seen by running one position.
+
+    Raises:
+        UnsupportedModelError: Some layer keeps a state that is not one key and one value per position.
+    """
+    layers = [_RecordingLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
+    position = torch.zeros(1, dtype=torch.int64, device=vocabulary.device)
+    layout = attention.Layout(slots=position, rows=(attention.Row(0, 1, 0, 1),))
+    try:
+        Forward(model)(vocabulary.rows(0, 1), position, None, Cache(layers=list(layers)), layout)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on the engine's KV pool ({type(error).__name__}: {error})."
+        ) from error
+    wrong = [index for index, layer in enumerate(layers) if len(layer.shapes) != 1]
+    if wrong:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: layers {wrong} keep something other than one key and one value per position "
+            "(a recurrent state, or another layer's cache); the engine would not represent it exactly."
+        )
+    return tuple(layer.shapes[0] for layer in layers)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model:
+        raise UnsupportedModelError(f"{type(model).__name__} has no decoder to read hidden states from.")
+    return decoder
+
+
+def _last_hidden(output: Any) -> torch.Tensor:
+    return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def _default_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device(accelerator.type) if accelerator is not None else torch.device("cpu")
+
+
+def _choose_dtype(dtype: str | torch.dtype | None, config: Any, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigurationError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    if dtype is not None:
+        return dtype
+    saved = getattr(config, "dtype", None) or torch.float32
+    if device.type == "cpu" and saved is not torch.float32:
+        return torch.bfloat16 if can_pack(device, torch.bfloat16) else torch.float32
+    return saved
+
+
+def _gguf(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+
+
+def _with_plain_gguf_weights(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Packed GGUF weights are several times slower per step than the same weights dequantised at load."""
+    if "gguf_file" in options and "quantization_config" not in options:
+        return {**options, "quantization_config": GgufConfig(dequantize=True)}
+    return dict(options)
+
+
+def _registered_attention() -> str:
+    attention.register()
+    return attention.IMPLEMENTATION
+
+
+def _refuse_encoder_decoder(config: Any, name: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; the engine runs decoder-only models.")
+
+
+def _explain(error: Exception, name: str) -> AvpError:
+    if "Unrecognized configuration class" in str(error):
+        return UnsupportedModelError(f"{name} is not a causal language model: {str(error).splitlines()[0]}")
+    return ModelNotFoundError(f"Cannot load {name!r}: {str(error).splitlines()[0]} Check the name, the folder or the network.")
+
+
+def _window(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if window is None:
+        raise UnsupportedModelError(f"{type(model).__name__}'s configuration does not say how many positions it supports.")
+    return int(window)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    declared = getattr(generation, "eos_token_id", None)
+    if declared is None:
+        declared = tokenizer.eos_token_id
+    ids = declared if isinstance(declared, list | tuple) else [declared]
+    return frozenset(int(i) for i in ids if i is not None)

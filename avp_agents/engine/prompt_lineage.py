@@ -1,0 +1,125 @@
+"""Which context a conversation continues, and which of its messages are rendered behind it.
+
+The messages are walked left to right with a `Line`: a *base* (the context that new tokens are appended to; none at
+first) and the *pending* turns, which are rendered behind it. A message that carries a context C is decided by what
+would have been prefilled for the messages before it: the base's lineage, and the pending turns as one token segment.
+
+    C                                         then
+    ---------------------------------------   ---------------------------------------------------------------------
+    begins with exactly that                  C is the base and nothing is pending: a continuation
+    is held by the base (which extends it)    the message is in the base; it is not rendered
+    is text only, and begins otherwise        the message is pending, as text
+    has latent steps, and begins otherwise    C is the base: a handoff; pending are the earlier messages that C does
+                                              not hold, those with other contexts as text
+
+C holds the messages up to an earlier one where it extends the context that was the base there, or where it begins with
+what had been planned so far (the sibling branch of a fork). A message whose context C extends is held, too.
+
+A context that is given explicitly is the base of a second line over the same messages. It drops what it holds by the
+same rules, and gives way only to a context that continues from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from avp_agents.context import Context, TokenSegment
+from avp_agents.engine.turn_messages import Turn
+from avp_agents.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Line:
+    """A base, the turns to render behind it, and whether the base was made from the messages before it."""
+
+    base: Context | None = None
+    pending: tuple[Turn, ...] = ()
+    continues: bool = False
+
+    def then(self, turn: Turn) -> Line:
+        """The line with one more pending turn."""
+        return replace(self, pending=(*self.pending, turn))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The line before and after a message that carries a context."""
+
+    before: Line
+    after: Line
+    index: int
+    context: Context
+
+
+class LineageWalk:
+    """The walk over one prompt's turns.
+
+    Args:
+        turns: The prompt's messages.
+        token_ids_of: What a line would append to its base, as token ids; raises `PromptError` if it cannot be rendered.
+    """
+
+    def __init__(self, turns: Sequence[Turn], token_ids_of: Callable[[Line], tuple[int, ...]]) -> None:
+        self._turns, self._token_ids_of = turns, token_ids_of
+        self._steps: list[_Step] = []
+
+    def follow(self, given: Context | None) -> Line:
+        """The line at the end of the prompt; `given` is the context handed over explicitly."""
+        own, handed = Line(), Line(given)
+        for turn in self._turns:
+            if turn.context is None:
+                own, handed = own.then(turn), handed.then(turn)
+                continue
+            after = self._advance(own, turn, turn.context)
+            self._steps.append(_Step(own, after, turn.index, turn.context))
+            own = after
+            if given is not None:
+                handed = self._advance_given(handed, turn, turn.context, own)
+        return own if given is None else handed
+
+    def _advance(self, line: Line, turn: Turn, context: Context) -> Line:
+        if self._continues(line, context):
+            return Line(context, continues=True)
+        if line.base is not None and line.base.extends(context):
+            return line
+        if context.is_text:
+            return line.then(turn)
+        return Line(context, self._not_held(context, turn.index))
+
+    def _advance_given(self, line: Line, turn: Turn, context: Context, own: Line) -> Line:
+        if self._continues(line, context):
+            return Line(context, continues=True)
+        if line.base is None or not line.base.extends(context):
+            return line.then(turn)
+        if own.base is not context:
+            return line
+        return replace(line, pending=_without_held(line.base, own.pending))
+
+    def _continues(self, line: Line, context: Context) -> bool:
+        """Whether `context` begins with what the line would have prefilled."""
+        if line.base is None and not line.pending:
+            return False
+        if line.base is not None and not context.extends(line.base):
+            return False
+        start = 0 if line.base is None else len(line.base.lineage)
+        following = context.lineage[start] if start < len(context.lineage) else None
+        if not isinstance(following, TokenSegment):
+            return False
+        try:
+            return following.token_ids == self._token_ids_of(line)
+        except PromptError:  # no context was ever made from a prompt that cannot be rendered
+            return False
+
+    def _not_held(self, context: Context, index: int) -> tuple[Turn, ...]:
+        """The turns before `index` that `context` does not hold."""
+        for step in reversed(self._steps):
+            if step.after.base is step.context and context.extends(step.context):
+                return _without_held(context, (*step.after.pending, *self._turns[step.index + 1 : index]))
+            if self._continues(step.before, context):
+                return _without_held(context, self._turns[step.index : index])
+        return _without_held(context, self._turns[:index])
+
+
+def _without_held(context: Context, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    return tuple(turn for turn in turns if turn.context is None or not context.extends(turn.context))

@@ -1,0 +1,160 @@
+"""Running one batch: from the pieces of several sequences to one forward pass and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from avp_agents.engine.attention import Layout, PoolCache, Row
+from avp_agents.engine.captured_step import CapturedStep
+from avp_agents.engine.kv_pool import KvPool
+from avp_agents.engine.loading import Forward, LoadedModel
+
+INVARIANT_ROWS = 8
+INVARIANT_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next positions of one sequence.
+
+    Attributes:
+        inputs: Token ids, or latent embeddings ``[count, hidden]``.
+        base: Where the sequence's keys and values begin in the pool.
+        start: Positions of the sequence that are in the pool already.
+        wants_logits: Whether the last position's logits are needed.
+    """
+
+    inputs: Sequence[int] | torch.Tensor
+    base: int
+    start: int
+    wants_logits: bool
+
+    @property
+    def count(self) -> int:
+        """New positions."""
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class PieceOutput:
+    """What came out at a piece's last position: hidden state ``[hidden]``, logits ``[vocabulary]`` where wanted."""
+
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class Runner:
+    """Turns pieces into forward passes.
+
+    Args:
+        loaded: The model.
+        pool: Its KV memory.
+        batch_invariant: Give every row the same shapes and sums alone as in company: single positions run in buckets
+            of `INVARIANT_ROWS` rows, prompts alone in chunks of `INVARIANT_CHUNK` positions.
+        captured: Runs single positions as one captured step; None runs everything eagerly.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, pool: KvPool, *, batch_invariant: bool, captured: CapturedStep | None
+    ) -> None:
+        self._embed = loaded.vocabulary.embed
+        self._device = loaded.device
+        self._hidden_size = loaded.model.config.get_text_config().hidden_size
+        self._dtype = loaded.dtype
+        self._pool = pool
+        self._cache = PoolCache(pool)
+        self._forward = Forward(loaded.model)
+        self._batch_invariant = batch_invariant
+        self._captured = captured
+
+    def run(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
+        """Run all pieces; one output each, in order."""
+        if self._batch_invariant:
+            return self._run_invariant(pieces)
+        if self._captured is not None and len(pieces) > 1:
+            singles = [i for i, piece in enumerate(pieces) if piece.count == 1]
+            longer = [i for i, piece in enumerate(pieces) if piece.count > 1]
+            return self._run_groups(pieces, [g for g in (singles, longer) if g])
+        return self._run_together(pieces)
+
+    def _run_invariant(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
+        singles = [i for i, piece in enumerate(pieces) if piece.count == 1]
+        buckets = [singles[i : i + INVARIANT_ROWS] for i in range(0, len(singles), INVARIANT_ROWS)]
+        alone = [[i] for i, piece in enumerate(pieces) if piece.count > 1]
+        return self._run_groups(pieces, buckets + alone)
+
+    def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]]) -> list[PieceOutput]:
+        outputs: dict[int, PieceOutput] = {}
+        for group in groups:
+            outputs.update(zip(group, self._run_together([pieces[i] for i in group]), strict=True))
+        return [outputs[i] for i in range(len(pieces))]
+
+    def _run_together(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
+        """One forward pass."""
+        total = sum(piece.count for piece in pieces)
+        if self._captured is not None and total == len(pieces):
+            hidden, logits = self._captured(self._embeddings(pieces, total), pieces)
+            return [
+                PieceOutput(hidden[i], logits[i] if piece.wants_logits else None) for i, piece in enumerate(pieces)
+            ]
+        size = self._padded_size(total, len(pieces))
+        layout, positions = self._layout(pieces, size)
+        self._cache.place(layout.slots)
+        lasts = [row.first + row.count - 1 for row in layout.rows]
+        wanted = [last for last, piece in zip(lasts, pieces, strict=True) if piece.wants_logits]
+        logits_at = self._logits_at(wanted, size, total == len(pieces))
+        hidden, logits = self._forward(self._embeddings(pieces, size), positions, logits_at, self._cache, layout)
+        rows = iter(range(len(wanted)))
+        return [
+            PieceOutput(hidden[last], logits[next(rows)] if piece.wants_logits and logits is not None else None)
+            for last, piece in zip(lasts, pieces, strict=True)
+        ]
+
+    def _padded_size(self, total: int, rows: int) -> int:
+        if not self._batch_invariant:
+            return total
+        return INVARIANT_ROWS if total == rows else INVARIANT_CHUNK
+
+    def _logits_at(self, wanted: list[int], size: int, singles: bool) -> torch.Tensor | None:
+        """Positions that need logits; in a batch-invariant bucket the head too always sees the same number of rows."""
+        if not wanted:
+            return None
+        if self._batch_invariant and singles:
+            wanted = wanted + [wanted[-1]] * (size - len(wanted))
+        return torch.tensor(wanted, device=self._device)
+
+    def _embeddings(self, pieces: Sequence[Piece], size: int) -> torch.Tensor:
+        """Input embeddings ``[size, hidden]``; positions past the pieces repeat token 0."""
+        ids: list[int] = []
+        latents: list[tuple[int, torch.Tensor]] = []
+        for piece in pieces:
+            if isinstance(piece.inputs, torch.Tensor):
+                latents.append((len(ids), piece.inputs))
+                ids.extend([0] * piece.count)
+            else:
+                ids.extend(piece.inputs)
+        ids.extend([0] * (size - len(ids)))
+        embeddings = self._embed(torch.tensor(ids, device=self._device))
+        for first, rows in latents:
+            embeddings[first : first + len(rows)] = rows.to(embeddings.device)
+        return embeddings
+
+    def _layout(self, pieces: Sequence[Piece], size: int) -> tuple[Layout, torch.Tensor]:
+        rows: list[Row] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        for piece in pieces:
+            stop = piece.start + piece.count
+            rows.append(Row(first=len(slots), count=piece.count, base=piece.base, length=stop))
+            slots.extend(range(piece.base + piece.start, piece.base + stop))
+            positions.extend(range(piece.start, stop))
+        padding = size - len(slots)
+        slots.extend([self._pool.scratch] * padding)
+        positions.extend([0] * padding)
+        return (
+            Layout(slots=torch.tensor(slots, device=self._device), rows=tuple(rows)),
+            torch.tensor(positions, device=self._device),
+        )

@@ -1,0 +1,127 @@
+"""Every failure a caller can meet. Each class names one situation; each message says what to do about it.
+
+    AvpError
+    ├── ConfigurationError        an option is unknown, out of range, or contradicts another
+    ├── PromptError               a prompt cannot be rendered (no template, media content, unknown role)
+    ├── ContextWindowError        prompt, context and requested positions exceed the model's window
+    ├── ModelError
+    │   ├── ModelNotFoundError        no source has the weights
+    │   ├── UnsupportedModelError     the architecture cannot be represented exactly
+    │   └── FingerprintMismatchError  a context belongs to other weights
+    ├── EngineError
+    │   ├── EngineBusyError           the request queue is full
+    │   ├── EngineClosedError         the engine was closed, or belongs to the parent of a fork
+    │   ├── KvMemoryError             the KV pool cannot hold the request at all
+    │   ├── RequestTimeoutError       a request ran out of its time
+    │   ├── RequestCancelledError     a request was cancelled by its caller
+    │   └── NumericalError            NaN or Inf came out of the model
+    └── StoreError
+        ├── NotStoredError            the context was never put into a store
+        ├── InvalidHandleError        a handle is not well formed, or belongs to another scope
+        ├── ContextLostError          no tier holds the context any more
+        ├── IntegrityError            stored bytes do not match their MAC
+        ├── NamespaceKeyError         the namespace's key is missing, malformed or readable by others
+        └── StoreFullError            pinned contexts leave no room under the budget
+"""
+
+
+class AvpError(Exception):
+    """Base of all errors that avp-agents raises on purpose."""
+
+
+class ConfigurationError(AvpError, ValueError):
+    """An option is unknown, out of range, or contradicts another one."""
+
+
+class PromptError(AvpError, ValueError):
+    """The prompt cannot be rendered with the model's chat template."""
+
+
+class ContextWindowError(AvpError, ValueError):
+    """The request needs more positions than the model's context window has.
+
+    Args:
+        window: Positions the model supports.
+        context: Positions inherited from a context.
+        prompt: Positions of the rendered prompt.
+        requested: Latent steps plus tokens to generate.
+    """
+
+    def __init__(self, *, window: int, context: int, prompt: int, requested: int) -> None:
+        self.window, self.context, self.prompt, self.requested = window, context, prompt, requested
+        super().__init__(
+            f"{context} context + {prompt} prompt + {requested} requested = {context + prompt + requested} positions, "
+            f"but the model's window is {window}. Lower max_tokens or steps, or shorten the prompt or context."
+        )
+
+
+class ModelError(AvpError):
+    """The model cannot be found, loaded or used."""
+
+
+class ModelNotFoundError(ModelError):
+    """No source (folder, cache, hub, package) has the weights."""
+
+
+class UnsupportedModelError(ModelError):
+    """The engine cannot represent this architecture exactly, so it refuses to load it."""
+
+
+class FingerprintMismatchError(ModelError):
+    """A context was made by other weights (or another dtype) than this engine's."""
+
+
+class EngineError(AvpError):
+    """The engine could not carry out a request."""
+
+
+class EngineBusyError(EngineError):
+    """The request queue is full; try again later or raise `max_queue`."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed, or this process is a fork of the one that owns it."""
+
+
+class KvMemoryError(EngineError):
+    """The KV pool is too small for the request even when everything else is evicted."""
+
+
+class RequestTimeoutError(EngineError, TimeoutError):
+    """The request did not finish within its timeout."""
+
+
+class RequestCancelledError(EngineError):
+    """The request was cancelled by its caller."""
+
+
+class NumericalError(EngineError, ArithmeticError):
+    """NaN or Inf came out of the model."""
+
+
+class StoreError(AvpError):
+    """A context store could not do what was asked."""
+
+
+class NotStoredError(StoreError):
+    """The context was never put into a store, so it has no handle."""
+
+
+class InvalidHandleError(StoreError, ValueError):
+    """The handle is not well formed, or was minted for another scope."""
+
+
+class ContextLostError(StoreError, LookupError):
+    """No tier holds the context any more."""
+
+
+class IntegrityError(StoreError):
+    """Stored bytes are torn or altered: they do not match their MAC."""
+
+
+class NamespaceKeyError(StoreError):
+    """The namespace's key is missing, malformed, or readable by other users."""
+
+
+class StoreFullError(StoreError):
+    """Pinned contexts leave no room under the store's byte budget."""

@@ -1,0 +1,220 @@
+"""The ContextStore interface: where contexts live between the agents that share them.
+
+A store keeps, per *namespace* (tenant), the lineage of every context put into it, durably as its kind allows, and the
+KV-cache as a droppable companion. Ids are digests keyed by the namespace's key, over the context's recipe and scope:
+
+- `put` is put-if-absent: the first writer's latent values win, later writers get the same handle;
+- the same lineage put under two scopes (threads, users) has two handles and one copy of its bytes;
+- a handle from another namespace or scope is simply unknown.
+
+All methods are thread-safe, and each has an asynchronous twin (`aput`, ...) that does not block the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from avp_agents.context import Context, ContextHandle
+from avp_agents.store.namespace import Namespace
+
+AnyHandle = ContextHandle | Mapping[str, Any] | str
+"""A handle as the code has it, as graph state has it, or its bare id."""
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds.
+
+    Attributes:
+        contexts: Stored handles.
+        segments: Distinct segments; equal prefixes are kept once.
+        pinned: Handles that eviction and TTL spare.
+        lineage_bytes: Bytes of lineages and readouts.
+        kv_bytes: Bytes of KV-caches that count against `byte_budget`.
+        byte_budget: The limit, None where there is none.
+        hits, misses: Answers of `get`.
+        evictions: KV-caches or contexts dropped to keep the budget.
+        integrity_failures: Records found torn or altered, and treated as absent.
+    """
+
+    contexts: int
+    segments: int
+    pinned: int
+    lineage_bytes: int
+    kv_bytes: int
+    byte_budget: int | None
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    integrity_failures: int = 0
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune` removed."""
+
+    contexts: int = 0
+    segments: int = 0
+    kv_bytes: int = 0
+    lineage_bytes: int = 0
+
+
+class ContextStore(ABC):
+    """Where contexts live. See the module's summary for the invariants.
+
+    Args:
+        namespace: The tenant and its key; by default ``"default"`` with the user's own key.
+        byte_budget: Bytes that lineages and host KV-caches may take. Over it, unpinned KV-caches go first, least
+            recently used first, then unpinned contexts.
+        ttl: Seconds after its last use until an unpinned context may be pruned; None keeps it.
+
+    Example:
+        >>> store = MemoryStore()
+        >>> handle = store.put(context, scope="thread-1", agent="researcher")
+        >>> store.get(handle, scope="thread-1").recipe_id == context.recipe_id
+        True
+    """
+
+    def __init__(
+        self, *, namespace: Namespace | str = "default", byte_budget: int | None = None, ttl: float | None = None
+    ) -> None:
+        self.namespace = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+        self.byte_budget = byte_budget
+        self.ttl = ttl
+
+    def id_of(self, context: Context, *, scope: str = "") -> str:
+        """The handle id this store gives to `context` in `scope`, stored or not."""
+        return self.namespace.handle_id(context.recipe_id, scope)
+
+    @abstractmethod
+    def put(
+        self,
+        context: Context,
+        *,
+        kv: bool = True,
+        scope: str = "",
+        agent: str = "",
+        text: str = "",
+        ttl: float | None = None,
+    ) -> ContextHandle:
+        """Store a context unless it is there already, and note the handle on it (`context.to_handle()`).
+
+        Args:
+            context: What to store.
+            kv: Also store its KV-cache, where it has one. A KV-cache missing from an earlier put is added.
+            scope: The thread or user the handle is honoured in.
+            agent: Who made it, for people.
+            text: One line for people.
+            ttl: Seconds, instead of the store's.
+
+        Returns:
+            The handle. When this returns, the lineage is as durable as the store's kind allows.
+
+        Raises:
+            StoreFullError: Pinned contexts leave no room.
+        """
+
+    @abstractmethod
+    def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
+        """The context a handle stands for, with its KV-cache attached where the store has one.
+
+        Args:
+            handle: Untrusted: its form, scope, record and MAC are checked before anything is used.
+            scope: The scope the handle must have been minted for; None asks no question.
+
+        Raises:
+            InvalidHandleError: The handle is malformed.
+            ContextLostError: Unknown here (also: another namespace or scope), expired, deleted, torn or altered.
+        """
+
+    @abstractmethod
+    def contains(self, handle: AnyHandle) -> bool:
+        """Whether `get` would find the lineage."""
+
+    @abstractmethod
+    def delete(self, handle: AnyHandle) -> bool:
+        """Remove a handle, and every segment that nothing else uses. False if it was not there."""
+
+    @abstractmethod
+    def drop_kv(self, handle: AnyHandle) -> int:
+        """Drop the KV-cache that only this handle uses; the lineage stays. Returns the bytes freed."""
+
+    @abstractmethod
+    def pin(self, handle: AnyHandle) -> None:
+        """Spare a context from TTL and eviction until `unpin`.
+
+        Raises:
+            ContextLostError: It is not there.
+        """
+
+    @abstractmethod
+    def unpin(self, handle: AnyHandle) -> None:
+        """Undo `pin`. Unknown handles are ignored."""
+
+    @abstractmethod
+    def list(self, *, scope: str | None = None) -> list[ContextHandle]:
+        """All handles (of one scope), oldest first."""
+
+    @abstractmethod
+    def prune(self) -> PruneReport:
+        """Remove what has outlived its TTL, and bring the store under its budget."""
+
+    @abstractmethod
+    def stats(self) -> StoreStats:
+        """What the store holds."""
+
+    def close(self) -> None:  # noqa: B027  (most stores hold nothing open)
+        """Release files and connections. Stored contexts stay."""
+
+    async def aput(
+        self,
+        context: Context,
+        *,
+        kv: bool = True,
+        scope: str = "",
+        agent: str = "",
+        text: str = "",
+        ttl: float | None = None,
+    ) -> ContextHandle:
+        """Asynchronous `put`."""
+        return await asyncio.to_thread(self.put, context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
+
+    async def aget(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
+        """Asynchronous `get`."""
+        return await asyncio.to_thread(self.get, handle, scope=scope)
+
+    async def acontains(self, handle: AnyHandle) -> bool:
+        """Asynchronous `contains`."""
+        return await asyncio.to_thread(self.contains, handle)
+
+    async def adelete(self, handle: AnyHandle) -> bool:
+        """Asynchronous `delete`."""
+        return await asyncio.to_thread(self.delete, handle)
+
+    async def adrop_kv(self, handle: AnyHandle) -> int:
+        """Asynchronous `drop_kv`."""
+        return await asyncio.to_thread(self.drop_kv, handle)
+
+    async def apin(self, handle: AnyHandle) -> None:
+        """Asynchronous `pin`."""
+        await asyncio.to_thread(self.pin, handle)
+
+    async def aunpin(self, handle: AnyHandle) -> None:
+        """Asynchronous `unpin`."""
+        await asyncio.to_thread(self.unpin, handle)
+
+    async def alist(self, *, scope: str | None = None) -> list[ContextHandle]:
+        """Asynchronous `list`."""
+        return await asyncio.to_thread(self.list, scope=scope)
+
+    async def aprune(self) -> PruneReport:
+        """Asynchronous `prune`."""
+        return await asyncio.to_thread(self.prune)
+
+    async def astats(self) -> StoreStats:
+        """Asynchronous `stats`."""
+        return await asyncio.to_thread(self.stats)

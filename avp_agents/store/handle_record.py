@@ -1,0 +1,61 @@
+"""The durable form of a handle: which recipe it stands for, what it says to people, and how long it lives.
+
+The scope is not in it: the handle's id is a digest of recipe and scope, so a scope can be checked but not read.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import asdict, dataclass
+
+import msgpack
+
+from avp_agents.context import ContextHandle
+from avp_agents.errors import IntegrityError
+from avp_agents.store.namespace import MAC_BYTES, Namespace
+
+VERSION = 1
+MAX_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class HandleRecord:
+    """A stored handle.
+
+    Attributes:
+        handle: As it was first returned.
+        recipe_id: The recipe of the context it stands for.
+        ttl: Seconds after its last use; None where the store's own applies.
+    """
+
+    handle: ContextHandle
+    recipe_id: str
+    ttl: float | None
+
+
+def encode_handle(record: HandleRecord, namespace: Namespace) -> bytes:
+    """msgpack and a MAC."""
+    fields = {"version": VERSION, "handle": asdict(record.handle), "recipe_id": record.recipe_id, "ttl": record.ttl}
+    content = msgpack.packb(fields)
+    return content + _mac(content, record.handle.id, namespace)
+
+
+def decode_handle(data: bytes, handle_id: str, namespace: Namespace) -> HandleRecord:
+    """The record that `data` holds, its MAC checked first.
+
+    Raises:
+        IntegrityError: The bytes are torn, altered, another handle's, or of a version this release does not know.
+    """
+    content, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
+    if not hmac.compare_digest(mac, _mac(content, handle_id, namespace)):
+        raise IntegrityError("MAC mismatch")
+    fields = msgpack.unpackb(content)
+    if fields["version"] != VERSION:
+        raise IntegrityError(f"record version {fields['version']} is unknown to this release")
+    return HandleRecord(ContextHandle(**fields["handle"]), fields["recipe_id"], fields["ttl"])
+
+
+def _mac(content: bytes, handle_id: str, namespace: Namespace) -> bytes:
+    mac = namespace.mac("handle:" + handle_id)
+    mac.update(content)
+    return mac.digest()

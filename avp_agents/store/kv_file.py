@@ -1,0 +1,210 @@
+"""One segment's share of a KV-cache in a file: the positions it adds to what its ancestors' files hold.
+
+The file is a plain safetensors file with the tensors ``layers.N.keys`` and ``layers.N.values``, each
+``[kv_heads, positions, head_dim]`` in its own dtype. Its metadata names the first and last position, the lineage values
+that the cache was computed from, and a MAC over the whole file with the MAC's own digits left out. They stand at a
+fixed offset, so that the file is written in one pass and checked before anything in it is parsed.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from avp_agents.context import HostKv
+from avp_agents.errors import ConfigurationError, IntegrityError
+from avp_agents.store.namespace import MAC_BYTES, Namespace
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "avp-kv-1"
+_LENGTH_BYTES = 8
+_HEAD = b'{"__metadata__":{"mac":"'
+_MAC_DIGITS = 2 * MAC_BYTES
+_MAC_OFFSET = _LENGTH_BYTES + len(_HEAD)
+_ALIGNMENT = 64
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_TORCH_NAMES = {code: name for name, code in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class KvPart:
+    """Positions ``start:stop`` of a KV-cache.
+
+    Attributes:
+        start, stop: Which positions of the lineage.
+        content: Digest of the lineage values up to this segment that the cache was computed from.
+        kv: The tensors, memory-mapped when they come from a file.
+    """
+
+    start: int
+    stop: int
+    content: str
+    kv: HostKv
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """What parts of one cache have in common: each tensor's dtype, heads and head dimension."""
+        return tuple((t.dtype, t.shape[0], t.shape[2]) for pair in self.kv.layers for t in pair)
+
+
+def write_kv(file: BinaryIO, part: KvPart, segment_id: str, namespace: Namespace) -> None:
+    """Write a part, one tensor in memory at a time.
+
+    Raises:
+        ConfigurationError: A tensor's dtype cannot be stored.
+    """
+    header = _header(part)
+    mac = namespace.mac("kv:" + segment_id)
+    mac.update(header[:_MAC_OFFSET])
+    mac.update(header[_MAC_OFFSET + _MAC_DIGITS :])
+    file.write(header)
+    for tensor in _tensors(part.kv):
+        data = memoryview(_bytes_of(tensor))
+        mac.update(data)
+        file.write(data)
+    file.seek(_MAC_OFFSET)
+    file.write(mac.hexdigest().encode())
+
+
+def read_kv(path: Path, segment_id: str, namespace: Namespace, *, trusted: os.stat_result | None) -> KvPart:
+    """Map a part into memory. It stays readable after the file was removed or replaced.
+
+    Args:
+        path: The file.
+        segment_id: Whose part it must be.
+        namespace: Whose key its MAC must be made with.
+        trusted: Status of a file whose MAC this process has checked; the same file is not read through again.
+
+    Raises:
+        FileNotFoundError: There is none.
+        IntegrityError: The file is torn, altered, or another segment's.
+    """
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size <= _MAC_OFFSET + _MAC_DIGITS:
+            raise IntegrityError(f"{status.st_size} bytes are too few for a KV file")
+        # a private mapping: what a reader writes into these tensors never reaches the file
+        mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
+    header_length = int.from_bytes(mapped[:_LENGTH_BYTES], "little")
+    start = _LENGTH_BYTES + header_length
+    if start > status.st_size or mapped[_LENGTH_BYTES:_MAC_OFFSET] != _HEAD:
+        raise IntegrityError("not a KV file")
+    if trusted is None or signature(trusted) != signature(status):
+        _check_mac(mapped, segment_id, namespace)
+    return _parse(json.loads(mapped[_LENGTH_BYTES:start]), mapped, start)
+
+
+def signature(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file from its replacement: inode, size and time of writing."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def join(parts: Sequence[KvPart]) -> HostKv:
+    """The parts as one cache: views of a single one, copies of several."""
+    import torch
+
+    if len(parts) == 1:
+        return parts[0].kv
+    layers = zip(*(part.kv.layers for part in parts), strict=True)
+    return HostKv(tuple(_join_layer(torch.cat, pairs) for pairs in layers))
+
+
+def _join_layer(cat: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = zip(*pairs, strict=True)
+    return cat(keys, dim=1), cat(values, dim=1)
+
+
+def check_layers(kv: HostKv) -> None:
+    """Refuse a cache that no file can represent.
+
+    Raises:
+        ConfigurationError: A tensor is not ``[kv_heads, length, head_dim]``, lengths differ, or a dtype is unknown.
+    """
+    for tensor in _tensors(kv):
+        if tensor.dim() != 3 or tensor.shape[1] != kv.length:
+            raise ConfigurationError(
+                f"KV tensors are [kv_heads, {kv.length}, head_dim] in every layer, not {list(tensor.shape)}."
+            )
+        _dtype_code(tensor)
+
+
+def _header(part: KvPart) -> bytes:
+    """The safetensors header: metadata first, the MAC's digits still zero, padded so that tensors are aligned."""
+    metadata = {
+        "mac": "0" * _MAC_DIGITS,
+        "format": FORMAT,
+        "start": str(part.start),
+        "stop": str(part.stop),
+        "content": part.content,
+    }
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, tensor in zip(_names(len(part.kv.layers)), _tensors(part.kv), strict=True):
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _dtype_code(tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def _names(layers: int) -> Iterator[str]:
+    for index in range(layers):
+        yield f"layers.{index}.keys"
+        yield f"layers.{index}.values"
+
+
+def _tensors(kv: HostKv) -> Iterator[torch.Tensor]:
+    for keys, values in kv.layers:
+        yield keys
+        yield values
+
+
+def _dtype_code(tensor: torch.Tensor) -> str:
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigurationError(f"A KV-cache of dtype {name} cannot be stored; use one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _check_mac(mapped: mmap.mmap, segment_id: str, namespace: Namespace) -> None:
+    mac = namespace.mac("kv:" + segment_id)
+    with memoryview(mapped) as view:
+        found = bytes(view[_MAC_OFFSET : _MAC_OFFSET + _MAC_DIGITS])
+        mac.update(view[:_MAC_OFFSET])
+        mac.update(view[_MAC_OFFSET + _MAC_DIGITS :])
+    if not hmac.compare_digest(found, mac.hexdigest().encode()):
+        raise IntegrityError("MAC mismatch")
+
+
+def _parse(entries: dict[str, Any], mapped: mmap.mmap, start: int) -> KvPart:
+    """The tensors that an authentic header describes, as views of the mapped file."""
+    metadata = entries.pop("__metadata__")
+    if metadata["format"] != FORMAT:
+        raise IntegrityError(f"KV format {metadata['format']} is unknown to this release")
+    tensors = [_view(entries[name], mapped, start) for name in _names(len(entries) // 2)]
+    kv = HostKv(tuple(zip(tensors[::2], tensors[1::2], strict=True)))
+    return KvPart(int(metadata["start"]), int(metadata["stop"]), metadata["content"], kv)
+
+
+def _view(entry: dict[str, Any], mapped: mmap.mmap, start: int) -> torch.Tensor:
+    import torch
+
+    begin, end = entry["data_offsets"]
+    dtype = getattr(torch, _TORCH_NAMES[entry["dtype"]])
+    flat = torch.frombuffer(mapped, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
+    return flat.reshape(entry["shape"])
