@@ -205,6 +205,7 @@ class _Attachments:
 
     kv: KvCache | None = None
     handle: ContextHandle | None = None
+    scope: str = ""
     usage: Usage | None = None
     handoff: Handoff | None = None
 
@@ -288,6 +289,20 @@ class Context:
         return n <= len(self.lineage) and self.recipe_ids[:n] == other.recipe_ids
 
     @property
+    def handle(self) -> ContextHandle | None:
+        """The handle of the newest put, None before the first."""
+        return self._attached.handle
+
+    @property
+    def scope(self) -> str:
+        """The scope of the newest put."""
+        return self._attached.scope
+
+    def with_kv(self, kv: KvCache) -> Context:
+        """The same value with another KV-cache attached; this object keeps its own."""
+        return replace(self, _attached=replace(self._attached, kv=kv))
+
+    @property
     def usage(self) -> Usage | None:
         """What making this context cost; None for a context that came out of a store."""
         return self._attached.usage
@@ -302,11 +317,12 @@ class Context:
         *,
         kv: KvCache | None = None,
         handle: ContextHandle | None = None,
+        scope: str | None = None,
         usage: Usage | None = None,
         handoff: Handoff | None = None,
     ) -> None:
         """Note where this context's KV-cache or stored record is, or what making it cost. Its value does not change."""
-        given = {"kv": kv, "handle": handle, "usage": usage, "handoff": handoff}
+        given = {"kv": kv, "handle": handle, "scope": scope, "usage": usage, "handoff": handoff}
         for name, value in given.items():
             if value is not None:
                 setattr(self._attached, name, value)

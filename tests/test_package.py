@@ -25,7 +25,9 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("names", ["*", "Context, ContextHandle, ContextStore, MemoryStore, DiskStore, AvpError"])
 def test_importing_avp_agents_does_not_import_torch(names: str) -> None:
     statement = "import avp_agents" if names == "*" else f"from avp_agents import {names}"
-    done = run_python(f"import sys\n{statement}\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules")
+    done = run_python(
+        f"import sys\n{statement}\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
 
     assert done.returncode == 0, done.stderr
 

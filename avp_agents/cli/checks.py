@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points, metadata, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
 
 import avp_agents
-from avp_agents.demo import ENTRY_POINT_GROUP
-from avp_agents.errors import AvpError
-from avp_agents.models import default_model_status
-from avp_agents.store import Namespace
 
 Verdict = Literal["ok", "note", "problem"]
 
@@ -54,7 +49,12 @@ def _python() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     """The packages that the engine and the demo cannot do without."""
-    for name, extra in (("torch", ""), ("transformers", ""), ("langchain-core", "langgraph"), ("langgraph", "langgraph")):
+    for name, extra in (
+        ("torch", ""),
+        ("transformers", ""),
+        ("langchain-core", "langgraph"),
+        ("langgraph", "langgraph"),
+    ):
         try:
             yield Finding(name, "ok", version(name))
         except PackageNotFoundError:
@@ -77,7 +77,9 @@ def _extras() -> Iterator[Finding]:
 def _brought_by(extra: str, requirements: Iterable[Requirement]) -> list[Requirement]:
     """The requirements that only this extra adds, on this Python."""
     return [
-        r for r in requirements if r.marker and not r.marker.evaluate({"extra": ""}) and r.marker.evaluate({"extra": extra})
+        r
+        for r in requirements
+        if r.marker and not r.marker.evaluate({"extra": ""}) and r.marker.evaluate({"extra": extra})
     ]
 
 
@@ -95,7 +97,12 @@ def _compute() -> Iterator[Finding]:
 
         from avp_agents.engine.packed_linear import can_pack
     except ImportError as error:
-        yield Finding("device", "problem", f"torch cannot be imported: {error}", "reinstall it: pip install --force-reinstall torch")
+        yield Finding(
+            "device",
+            "problem",
+            f"torch cannot be imported: {error}",
+            "reinstall it: pip install --force-reinstall torch",
+        )
         return
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -107,13 +114,18 @@ def _compute() -> Iterator[Finding]:
         fast = can_pack(torch.device("cpu"), torch.bfloat16)
         dtype = "bfloat16 is fast here" if fast else "no fast bfloat16 here, float32 is used"
         yield Finding("device", "ok", f"cpu, {torch.backends.cpu.get_cpu_capability()}; {dtype}")
-    yield _threads(torch.get_num_threads(), cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    yield _threads(
+        torch.get_num_threads(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
 
 
 def _threads(threads: int, cores: int) -> Finding:
     detail = f"{threads} for torch, {cores} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
     if threads > cores:
-        return Finding("threads", "note", detail, f"more threads than cores slow each other down: export OMP_NUM_THREADS={cores}")
+        return Finding(
+            "threads", "note", detail, f"more threads than cores slow each other down: export OMP_NUM_THREADS={cores}"
+        )
     return Finding("threads", "ok", detail)
 
 

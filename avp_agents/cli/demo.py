@@ -28,7 +28,9 @@ def demo(
     question: Annotated[str, typer.Option(help="What the agents work on.")] = QUESTION,
     steps: Annotated[int, typer.Option(min=1, help="Latent steps of the researcher.")] = 20,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the solver's answer.")] = 128,
-    researcher_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the researcher that writes text.")] = 256,
+    researcher_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of the researcher that writes text.")
+    ] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Run a researcher and a solver twice: handing over a latent context, and handing over text."""

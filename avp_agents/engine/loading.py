@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils.quantization_config import GgufConfig
 
@@ -34,10 +42,8 @@ class LoadedModel:
         fingerprint: See `avp_agents.fingerprint`.
         dtype: Of weights, hidden states and KV-cache.
         device: Where input embeddings go in.
-        window: Positions the model supports.
         shapes: What each layer stores per position.
         vocabulary: Input embeddings and head.
-        eos_ids: Ids that end a sequence, as the model's generation config says.
         weight_bytes: Bytes of all weights.
     """
 
@@ -46,10 +52,8 @@ class LoadedModel:
     fingerprint: str
     dtype: torch.dtype
     device: torch.device
-    window: int
     shapes: tuple[LayerShape, ...]
     vocabulary: Vocabulary
-    eos_ids: frozenset[int]
     weight_bytes: int
 
     @property
@@ -108,11 +112,26 @@ class Forward:
         return caught[0][0], logits if self._keeps else logits[logits_at]
 
 
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What is known of a model before its weights are needed.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        window: Positions the model supports.
+        eos_ids: Ids that end a sequence, as the model's generation config says.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    window: int
+    eos_ids: frozenset[int]
+
+
 def load_model(
     name_or_path: str,
-    *,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str | None,
+    dtype: str | None,
     adapters: Sequence[str],
     options: Mapping[str, Any],
 ) -> LoadedModel:
@@ -120,6 +139,7 @@ def load_model(
 
     Args:
         name_or_path: Hub name or folder.
+        tokenizer: Its tokenizer.
         device: Where to run; by default an accelerator if there is one. Not together with ``device_map``.
         dtype: By default what the checkpoint says, float32 where the CPU has no fast bfloat16.
         adapters: LoRA adapters (folders or hub names), attached in order.
@@ -135,10 +155,8 @@ def load_model(
     if device is not None and device_map is not None:
         raise ConfigurationError("Give device or device_map, not both.")
     target = torch.device(device) if device is not None else _default_device()
-    shared = {key: options[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in options}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **shared, **_gguf(options))
-        config = AutoConfig.from_pretrained(name_or_path, **shared, **_gguf(options))
+        config = AutoConfig.from_pretrained(name_or_path, **_hub_options(options))
         _refuse_encoder_decoder(config, name_or_path)
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path,
@@ -157,17 +175,20 @@ def load_model(
     return _prepare(model.eval(), tokenizer)
 
 
-def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Only the tokenizer, for rendering and counting before the weights are needed.
+def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> TokenizerFiles:
+    """Everything but the weights.
 
     Raises:
         ModelNotFoundError: Neither folder nor hub has it.
+        UnsupportedModelError: The configuration does not say how many positions the model supports.
     """
-    shared = {key: options[key] for key in ("revision", "token", "local_files_only", "cache_dir") if key in options}
+    hub = _hub_options(options)
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, **shared, **_gguf(options))
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, name_or_path) from error
+    return TokenizerFiles(tokenizer, _window(config, name_or_path), _eos_ids(name_or_path, tokenizer, hub))
 
 
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -192,10 +213,8 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Load
         fingerprint=fingerprint,
         dtype=model.dtype,
         device=table.device,
-        window=_window(model),
         shapes=_layer_shapes(model, vocabulary),
         vocabulary=vocabulary,
-        eos_ids=_eos_ids(model, tokenizer),
         weight_bytes=weight_bytes,
     )
 
@@ -282,8 +301,10 @@ def _choose_dtype(dtype: str | torch.dtype | None, config: Any, device: torch.de
     return saved
 
 
-def _gguf(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that concern where files come from."""
+    names = ("revision", "token", "local_files_only", "cache_dir", "gguf_file")
+    return {name: options[name] for name in names if name in options}
 
 
 def _with_plain_gguf_weights(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,17 +330,21 @@ def _explain(error: Exception, name: str) -> AvpError:
     return ModelNotFoundError(f"Cannot load {name!r}: {str(error).splitlines()[0]} Check the name, the folder or the network.")
 
 
-def _window(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
+def _window(config: Any, name: str) -> int:
+    config = config.get_text_config()
     window = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if window is None:
-        raise UnsupportedModelError(f"{type(model).__name__}'s configuration does not say how many positions it supports.")
+        raise UnsupportedModelError(f"{name}: the configuration does not say how many positions the model supports.")
     return int(window)
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    declared = getattr(generation, "eos_token_id", None)
+def _eos_ids(name: str, tokenizer: PreTrainedTokenizerBase, hub: Mapping[str, Any]) -> frozenset[int]:
+    """What the generation config declares; where there is none, the tokenizer's own."""
+    files = {key: value for key, value in hub.items() if key != "gguf_file"}
+    try:
+        declared = GenerationConfig.from_pretrained(name, **files).eos_token_id
+    except OSError:
+        declared = None
     if declared is None:
         declared = tokenizer.eos_token_id
     ids = declared if isinstance(declared, list | tuple) else [declared]

@@ -3,8 +3,9 @@
 A chat template writes control tokens (``<|im_start|>``) between contents that come from users, tools and models. A
 content may hold the same strings; as ids they would open and close turns. So:
 
-1. `PromptEncoder.mark` wraps each control string inside a content in markers before the template sees it. The string
-   itself stays whole, so that templates that look for it (``"</think>" in content``) still find it.
+1. `PromptEncoder.mark` puts a marker before each control string inside a content, before the template sees it. The
+   string itself stays whole, so that templates that cut contents at it (``content.split("</think>")``) still do. The
+   marker names its string, so that one which a template cut off does not touch another string that comes after it.
 2. `PromptEncoder.encode` turns each *unmarked* control string of the rendered text into a stand-in, drops the markers,
    and encodes the whole text at once with a private copy of the tokenizer that knows the stand-ins in place of the
    control strings. A content is therefore tokenized as one run of text, and cannot become a control id.
@@ -48,22 +49,20 @@ class PromptEncoder:
         definition = _read_definition(tokenizer)
         controls = _control_tokens(definition, _template_source(tokenizer))
         nonce = f"{secrets.randbelow(10**18):018d}"
-        self._stand_ins = {token["content"]: f"\ufdd0{nonce}.{token['id']}\ufdd1" for token in controls}
+        self._ids = {token["content"]: token["id"] for token in controls}
+        self._stand_ins = {text: f"\ufdd0{nonce}.{id_}\ufdd1" for text, id_ in self._ids.items()}
         self._tokenizer = _with_stand_ins(definition, self._stand_ins)
         self._lead = next((self._stand_ins[token["content"]] for token in controls if not token["rstrip"]), "")
-        self.control_ids = frozenset(token["id"] for token in controls)
+        self.control_ids = frozenset(self._ids.values())
         self.raw_prefix = _prefix_of_raw_text(self._tokenizer)
 
         # ASCII punctuation and digits pass unchanged through the filters templates use: trim, upper, tojson.
-        self._open, self._close, self._gap = f"~{nonce}(", f"~{nonce})", f"~{nonce}-"
-        control = _any_of(self._stand_ins)
+        self._marker, self._gap = f"~{nonce}:", f"~{nonce};"
+        control = _any_of(self._ids)
         self._control = re.compile(control)
-        opening, closing, gap = map(re.escape, (self._open, self._close, self._gap))
-        self._rendered = re.compile(
-            f"{opening}(?P<data>{control}){closing}|(?P<control>{control})|{opening}|{closing}|{gap}"
-        )
-        self._heads = frozenset(text[i:] for text in self._stand_ins for i in range(1, len(text)))
-        self._tails = frozenset(text[:i] for text in self._stand_ins for i in range(1, len(text)))
+        self._rendered = re.compile(rf"~{nonce}(?::(?P<id>\d+);(?P<data>{control})?|;)|(?P<control>{control})")
+        self._heads = frozenset(text[i:] for text in self._ids for i in range(1, len(text)))
+        self._tails = frozenset(text[:i] for text in self._ids for i in range(1, len(text)))
         self._longest_part = max(map(len, self._heads), default=0)
 
     def mark(self, value: Any) -> Any:
@@ -100,21 +99,19 @@ class PromptEncoder:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _mark_text(self, text: str) -> str:
-        body = text.strip()
-        if not body:
-            return text
-        marked = self._control.sub(lambda found: f"{self._open}{found[0]}{self._close}", body)
+        start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+        body = text[start:end]
         # A content may also end (or begin) with a part of a control string that its neighbour completes.
         sizes = range(1, min(self._longest_part, len(body)) + 1)
         before = self._gap if any(body[:size] in self._heads for size in sizes) else ""
         after = self._gap if any(body[-size:] in self._tails for size in sizes) else ""
-        start = text.index(body)
-        return f"{text[:start]}{before}{marked}{after}{text[start + len(body) :]}"
+        gapped = f"{text[:start]}{before}{body}{after}{text[end:]}" if body else text
+        return self._control.sub(lambda found: f"{self._marker}{self._ids[found[0]]};{found[0]}", gapped)
 
     def _resolve(self, found: re.Match[str]) -> str:
-        if found["control"]:
-            return self._stand_ins[found["control"]]
-        return found["data"] or ""
+        text = found["control"] or found["data"] or ""
+        is_data = found["data"] is not None and int(found["id"]) == self._ids[text]
+        return text if is_data or not text else self._stand_ins[text]
 
 
 def _any_of(texts: Iterable[str]) -> str:

@@ -16,18 +16,22 @@ INVARIANT_ROWS = 8
 INVARIANT_CHUNK = 64
 
 
+Inputs = Sequence[int] | torch.Tensor
+"""Token ids, or latent embeddings ``[count, hidden]``."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The next positions of one sequence.
 
     Attributes:
-        inputs: Token ids, or latent embeddings ``[count, hidden]``.
+        inputs: What is fed, in order.
         base: Where the sequence's keys and values begin in the pool.
         start: Positions of the sequence that are in the pool already.
         wants_logits: Whether the last position's logits are needed.
     """
 
-    inputs: Sequence[int] | torch.Tensor
+    inputs: tuple[Inputs, ...]
     base: int
     start: int
     wants_logits: bool
@@ -35,7 +39,7 @@ class Piece:
     @property
     def count(self) -> int:
         """New positions."""
-        return len(self.inputs)
+        return sum(len(part) for part in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,12 @@ class Runner:
         """Input embeddings ``[size, hidden]``; positions past the pieces repeat token 0."""
         ids: list[int] = []
         latents: list[tuple[int, torch.Tensor]] = []
-        for piece in pieces:
-            if isinstance(piece.inputs, torch.Tensor):
-                latents.append((len(ids), piece.inputs))
-                ids.extend([0] * piece.count)
+        for part in (part for piece in pieces for part in piece.inputs):
+            if isinstance(part, torch.Tensor):
+                latents.append((len(ids), part))
+                ids.extend([0] * len(part))
             else:
-                ids.extend(piece.inputs)
+                ids.extend(part)
         ids.extend([0] * (size - len(ids)))
         embeddings = self._embed(torch.tensor(ids, device=self._device))
         for first, rows in latents:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from avp_langgraph.chat_model import AvpChatModel
+from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
 from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
 from avp_agents.engine.base import Engine
-from avp_langgraph.chat_model import AvpChatModel
-from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 
 _RESEARCH = "List the quantities in the question and how they depend on each other. Do not answer it."
 _SOLVE = "Answer the question step by step. End with the number asked for."

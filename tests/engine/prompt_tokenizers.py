@@ -1,11 +1,22 @@
-"""Small tokenizers with the chat templates of well-known model families, for the prompt tests."""
+"""Tokenizers for the prompt tests: real ones, and small ones with the templates of well-known model families."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from avp_agents.engine.prompt import PromptRenderer
+
+MODEL_FOLDER = Path(os.environ.get("AVP_TEST_MODELS", Path.home() / ".cache" / "avp-test-models"))
+SMOLLM2, QWEN = "smollm2-135m", "qwen2.5-coder-0.5b"
+REAL = [SMOLLM2, *([QWEN] if (MODEL_FOLDER / QWEN).is_dir() else [])]
+"""SmolLM2 always; Qwen2.5-Coder where its folder is on this machine."""
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
@@ -20,7 +31,7 @@ CHATML_WITH_TOOLS = (
     "{% for message in messages %}{% if message.role == 'tool' %}"
     "{{ '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}"
     "{% elif message.tool_calls %}{{ '<|im_start|>assistant' }}{% if message.content %}{{ '\n' + message.content }}"
-    "{% endif %}{% for call in message.tool_calls %}{{ '\n<tool_call>\n{\"name\": \"' + call.function.name + "
+    '{% endif %}{% for call in message.tool_calls %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name + '
     "'\", \"arguments\": ' }}{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -139,7 +150,12 @@ def llama_3() -> PreTrainedTokenizerFast:
 def gemma() -> PreTrainedTokenizerFast:
     """Gemma's tokens and template; white space and HTML tags are ordinary added tokens."""
     return byte_tokenizer(
-        GEMMA, special=["<start_of_turn>", "<end_of_turn>"], added=["\n\n", "  "], bos="<bos>", eos="<eos>", adds_bos=True
+        GEMMA,
+        special=["<start_of_turn>", "<end_of_turn>"],
+        added=["\n\n", "  "],
+        bos="<bos>",
+        eos="<eos>",
+        adds_bos=True,
     )
 
 
@@ -151,3 +167,27 @@ def mistral() -> PreTrainedTokenizerFast:
 def deepseek() -> PreTrainedTokenizerFast:
     """DeepSeek's way with system messages."""
     return byte_tokenizer(HOISTING, special=["<|user|>", "<|assistant|>"], bos="<|bos|>", eos="<|eos|>", adds_bos=True)
+
+
+TINY = {"chatml": chatml, "llama_3": llama_3, "gemma": gemma, "mistral": mistral, "deepseek": deepseek}
+
+
+@cache
+def load_tokenizers(smollm2: Path) -> dict[str, PreTrainedTokenizerBase]:
+    """All tokenizers, real and tiny, by name."""
+    folders = {SMOLLM2: smollm2, QWEN: MODEL_FOLDER / QWEN}
+    real = {name: AutoTokenizer.from_pretrained(folders[name]) for name in REAL}
+    return real | {name: make() for name, make in TINY.items()}
+
+
+@cache
+def load_renderers(smollm2: Path) -> dict[str, PromptRenderer]:
+    """A renderer for each tokenizer."""
+    return {name: PromptRenderer(tokenizer) for name, tokenizer in load_tokenizers(smollm2).items()}
+
+
+def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+    """What transformers makes of the messages."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert isinstance(ids, list)
+    return ids

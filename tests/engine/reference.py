@@ -155,15 +155,18 @@ class Reference:
             logits, hidden = self.last([*lineage, *fed])
         return Thought(torch.stack(fed), hidden)
 
-    def generate(self, lineage: Sequence[Position], n: int) -> Decoded:
+    def generate(self, lineage: Sequence[Position], n: int, *, minimum: int = 0) -> Decoded:
         """Greedily up to `n` tokens on top of a lineage, up to and including an end-of-sequence id.
 
-        Rows of the head without a token are never chosen.
+        Rows of the head without a token are never chosen, end-of-sequence ids not among the first `minimum` tokens.
         """
         ids: list[int] = []
         gaps: list[float] = []
         while len(ids) < n and not self.stop_ids.intersection(ids):
-            best = self.last([*lineage, *ids])[0][: self.vocabulary].topk(2)
+            scores = self.last([*lineage, *ids])[0][: self.vocabulary]
+            if len(ids) < minimum:
+                scores[list(self.stop_ids)] = -torch.inf
+            best = scores.topk(2)
             ids.append(int(best.indices[0]))
             gaps.append(float(best.values[0] - best.values[1]))
         return Decoded(tuple(ids), tuple(gaps))

@@ -21,12 +21,14 @@ import torch
 from reference import Decoded, Reference, Thought, before_answer, positions, relative_deviation
 
 from avp_agents import Context, DiskStore, Generation, LatentEngine, LatentSegment, TokenSegment
+from avp_agents.engine.base import GenerateOptions
 
 STEPS, TOKENS = 20, 32
+ANSWER: GenerateOptions = {"max_tokens": TOKENS, "min_tokens": TOKENS, "logprobs": 20}
 HANDOVERS = [
-    ("What is 24 * 17 + 3?", "Solve it step by step."),
-    ("Which planets have rings?", "Write two sentences about it."),
-    ("Why do leaves turn red in autumn?", "Explain it to a child."),
+    ("Analyze: 24 * 17 + 3", "Solve step by step: 24 * 17 + 3"),
+    ("List facts about the river Nile.", "Write a short text about the river Nile."),
+    ("How many apples are left if I eat 3 of 11?", "I had 11 apples and ate 3. How many are left?"),
 ]
 QUESTIONS = [
     "Name three rivers in Europe.", "What is 12 * 12?", "Who wrote Hamlet, and when was it first played?",
@@ -56,8 +58,8 @@ class Handover:
 
 
 @pytest.fixture(scope="module")
-def path(default_model: Path) -> str:
-    return str(default_model)
+def path(smollm2_path: Path) -> str:
+    return str(smollm2_path)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +90,11 @@ def handovers(engine: LatentEngine, reference: Reference) -> list[Handover]:
 
 def hand_over(engine: LatentEngine, reference: Reference, analyse: str, solve: str) -> Handover:
     context = engine.think(analyse, steps=STEPS)
-    answer = engine.generate(solve, context=context, max_tokens=TOKENS, logprobs=20)
+    answer = engine.generate(solve, context=context, **ANSWER)
     prompt = reference.render(analyse)
     boundary = before_answer(answer)[len(context) :]
     thought = reference.think(prompt, STEPS)
-    expected = reference.generate([*prompt, *thought.embeddings, *boundary], TOKENS)
+    expected = reference.generate([*prompt, *thought.embeddings, *boundary], TOKENS, minimum=TOKENS)
     return Handover(context, answer, prompt, boundary, thought, expected)
 
 
@@ -210,7 +212,6 @@ def logprob_deviation(generation: Generation, reference: Reference) -> float:
     rows = [torch.tensor(token.top) for token in generation.logprobs]
     found = torch.stack([row[:, 1] for row in rows])
     wanted = torch.stack([line[row[:, 0].long()] for row, line in zip(rows, expected, strict=True)])
-    assert [token.token_id for token in generation.logprobs] == [int(row[0, 0]) for row in rows]
     return relative_deviation(found, wanted)
 
 
@@ -309,7 +310,7 @@ def test_after_drop_kv_a_context_is_replayed(engine: LatentEngine, handovers: li
     engine.store.drop_kv(handle)
     gc.collect()
 
-    answer = engine.generate(solve, context=engine.resolve(handle), max_tokens=TOKENS)
+    answer = engine.generate(solve, context=engine.resolve(handle), **ANSWER)
 
     assert answer.token_ids == handovers[0].expected.token_ids
     assert answer.handoff.mode == "replay"
@@ -341,7 +342,7 @@ def test_after_a_restart_a_context_answers_the_same(
     handles = json.loads(done.stdout.splitlines()[-1])
 
     store = DiskStore(tmp_path)
-    answers = [engine.generate(HANDOVERS[1][1], context=store.get(handle), max_tokens=TOKENS) for handle in handles]
+    answers = [engine.generate(HANDOVERS[1][1], context=store.get(handle), **ANSWER) for handle in handles]
 
     print([answer.handoff for answer in answers])
     assert [answer.token_ids for answer in answers] == [handovers[1].expected.token_ids] * 2
@@ -352,7 +353,7 @@ def test_under_a_budget_for_one_of_four_contexts_all_answer_the_same(
 ) -> None:
     """The pool holds one context and its answer; the others come back by themselves, with the same tokens."""
     prompts = [*HANDOVERS, (QUESTIONS[2], "Go on.")]
-    last = engine.generate(prompts[3][1], context=engine.think(prompts[3][0], steps=STEPS), max_tokens=TOKENS)
+    last = engine.generate(prompts[3][1], context=engine.think(prompts[3][0], steps=STEPS), **ANSWER)
     expected = [handover.answer.token_ids for handover in handovers] + [last.token_ids]
     kv = handovers[0].context.kv
     assert kv is not None
@@ -361,8 +362,7 @@ def test_under_a_budget_for_one_of_four_contexts_all_answer_the_same(
 
     contexts = [small.think(analyse, steps=STEPS) for analyse, _ in prompts]
     answers = [
-        small.generate(solve, context=context, max_tokens=TOKENS)
-        for context, (_, solve) in zip(contexts, prompts, strict=True)
+        small.generate(solve, context=context, **ANSWER) for context, (_, solve) in zip(contexts, prompts, strict=True)
     ]
 
     print([answer.handoff for answer in answers])

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prompt_tokenizers import THINKING, byte_tokenizer, chatml, deepseek, gemma, llama_3, mistral
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from prompt_tokenizers import (
+    QWEN,
+    REAL,
+    SMOLLM2,
+    THINKING,
+    TINY,
+    byte_tokenizer,
+    chatml,
+    load_renderers,
+    load_tokenizers,
+    template_ids,
+)
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
 from avp_agents.engine.prompt import PromptRenderer
 from avp_agents.errors import ConfigurationError, PromptError, UnsupportedModelError
-
-MODEL_FOLDER = Path(os.environ.get("AVP_TEST_MODELS", Path.home() / ".cache" / "avp-test-models"))
-SMOLLM2, QWEN = "smollm2-135m", "qwen2.5-coder-0.5b"
-REAL = [SMOLLM2, *([QWEN] if (MODEL_FOLDER / QWEN).is_dir() else [])]
-"""SmolLM2 always; Qwen2.5-Coder where its folder is on this machine."""
-
-TINY = {"chatml": chatml, "llama_3": llama_3, "gemma": gemma, "mistral": mistral, "deepseek": deepseek}
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "What is 24 * 17 + 3?"}
@@ -43,20 +46,12 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def tokenizers(smollm2_path: Path) -> dict[str, PreTrainedTokenizerBase]:
-    folders = {SMOLLM2: smollm2_path, QWEN: MODEL_FOLDER / QWEN}
-    return {name: AutoTokenizer.from_pretrained(folders[name]) for name in REAL} | {n: make() for n, make in TINY.items()}
+    return load_tokenizers(smollm2_path)
 
 
 @pytest.fixture(scope="module")
-def renderers(tokenizers: dict[str, PreTrainedTokenizerBase]) -> dict[str, PromptRenderer]:
-    return {name: PromptRenderer(tokenizer) for name, tokenizer in tokenizers.items()}
-
-
-def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-    """What transformers makes of the messages."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert isinstance(ids, list)
-    return ids
+def renderers(smollm2_path: Path) -> dict[str, PromptRenderer]:
+    return load_renderers(smollm2_path)
 
 
 def context_of(*token_ids: int, steps: int = 0) -> Context:
@@ -111,7 +106,9 @@ class TestWholePrompts:
 
     def test_render_leaves_contexts_out(self, renderers):
         renderer = renderers["chatml"]
-        assert renderer.render([USER, {**ASSISTANT, "context": context_of(1, steps=2)}]) == renderer.render([USER, ASSISTANT])
+        assert renderer.render([USER, {**ASSISTANT, "context": context_of(1, steps=2)}]) == renderer.render(
+            [USER, ASSISTANT]
+        )
 
 
 class TestAppendedTurns:
@@ -121,7 +118,7 @@ class TestAppendedTurns:
         ("name", "ids"),
         [
             (SMOLLM2, [2, 198, 1, 4093, 198, 82, 2, 198, 1, 520, 9531, 198]),
-            pytest.param(QWEN, [151645, 198, 151644, 872, 198, 65, 151645, 198, 151644, 77091, 198]),
+            (QWEN, [151645, 198, 151644, 872, 198, 65, 151645, 198, 151644, 77091, 198]),
         ][: len(REAL)],
     )
     def test_ids_spelled_out(self, renderers, name, ids):
@@ -130,7 +127,10 @@ class TestAppendedTurns:
     @pytest.mark.parametrize(
         ("name", "text"),
         [
-            *((name, "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n") for name in [*REAL, "chatml"]),
+            *(
+                (name, "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+                for name in [*REAL, "chatml"]
+            ),
             (
                 "llama_3",
                 "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"

@@ -1,0 +1,192 @@
+"""Everything that runs one model: tokenizer, weights, KV pool, scheduler, each made when it is first needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from platformdirs import user_cache_path
+
+from avp_agents.engine.captured_step import CapturedStep
+from avp_agents.engine.kv_pool import KvPool, PooledKv
+from avp_agents.engine.latent_step import LatentStep
+from avp_agents.engine.loading import LoadedModel, TokenizerFiles, load_model, load_tokenizer
+from avp_agents.engine.probe import verify_exactness
+from avp_agents.engine.prompt import PromptRenderer
+from avp_agents.engine.runner import Runner
+from avp_agents.engine.scheduler import Scheduler
+from avp_agents.errors import ConfigurationError, EngineClosedError, StoreError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from avp_agents.store import ContextStore
+
+log = logging.getLogger(__name__)
+
+CPU_POOL_BYTES = 2 * 2**30
+ACCELERATOR_POOL_SHARE = 0.6
+PREFILL_BUDGET = 512
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Options of `LatentEngine.from_pretrained`."""
+
+    device: str | None
+    dtype: str | None
+    batch_invariant: bool
+    kv_pool_bytes: int | None
+    max_batch: int
+    max_queue: int
+    capture_steps: bool | None
+    adapters: tuple[str, ...]
+    chat_template_kwargs: Mapping[str, Any]
+    model_options: Mapping[str, Any]
+
+
+class ModelRuntime:
+    """One model and what runs it. Thread-safe.
+
+    Args:
+        name_or_path: Hub name or folder.
+        settings: See `LatentEngine.from_pretrained`.
+        store: Takes the KV-caches that the pool evicts.
+    """
+
+    def __init__(self, name_or_path: str, settings: EngineSettings, store: ContextStore) -> None:
+        self._name, self._settings, self._store = name_or_path, settings, store
+        self._lock = threading.RLock()
+        self._scheduler: Scheduler | None = None
+        self._closed = False
+        self._offloads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="avp-offload")
+
+    @cached_property
+    def _tokenizer_files(self) -> TokenizerFiles:
+        with self._lock:
+            return load_tokenizer(self._name, self._settings.model_options)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; needs no weights."""
+        return self._tokenizer_files.tokenizer
+
+    @property
+    def window(self) -> int:
+        """Positions the model supports; needs no weights."""
+        return self._tokenizer_files.window
+
+    @cached_property
+    def renderer(self) -> PromptRenderer:
+        """Prompts to ids."""
+        with self._lock:
+            files = self._tokenizer_files
+            options = self._settings.chat_template_kwargs
+            return PromptRenderer(files.tokenizer, chat_template_kwargs=options, eos_token_ids=files.eos_ids)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model with its weights."""
+        self.scheduler  # noqa: B018  (closed engines are refused there)
+        return self._loaded
+
+    @property
+    def latent_step(self) -> LatentStep:
+        """f(h)."""
+        self.scheduler  # noqa: B018
+        return self._latent_step
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The running scheduler; loads the model at the first use.
+
+        Raises:
+            EngineClosedError: The engine was closed.
+        """
+        if self._closed:
+            raise EngineClosedError("The engine was closed.")
+        if self._scheduler is None:
+            with self._lock:
+                if self._scheduler is None:
+                    self._scheduler = self._start()
+        return self._scheduler
+
+    def close(self) -> None:
+        """Stop the thread and free the pool."""
+        with self._lock:
+            self._closed = True
+            if self._scheduler is not None:
+                self._scheduler.close()
+                self._offloads.shutdown(wait=True)
+                self._scheduler.pool.clear()
+
+    def _start(self) -> Scheduler:
+        settings = self._settings
+        self._loaded = loaded = load_model(
+            self._name, self._tokenizer_files.tokenizer, settings.device, settings.dtype, settings.adapters,
+            settings.model_options,
+        )  # fmt: skip
+        self._latent_step = LatentStep(loaded.vocabulary, _ridge_file(loaded))
+        pool = KvPool(loaded.shapes, self._pool_positions(loaded), self._offload)
+        verify_exactness(loaded, pool)
+        runner = Runner(loaded, pool, batch_invariant=settings.batch_invariant, captured=self._captured(loaded, pool))
+        return Scheduler(
+            runner,
+            pool,
+            self._latent_step,
+            vocab_limit=loaded.vocabulary.size,
+            token_text=loaded.tokenizer.decode,
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            prefill_budget=PREFILL_BUDGET,
+            batch_invariant=settings.batch_invariant,
+        )
+
+    def _captured(self, loaded: LoadedModel, pool: KvPool) -> CapturedStep | None:
+        single = len({shape.device for shape in loaded.shapes} | {loaded.device}) == 1
+        wanted = self._settings.capture_steps
+        if wanted is None:
+            wanted = loaded.device.type == "cuda" and single and not self._settings.batch_invariant
+        if not wanted:
+            return None
+        if not single:
+            raise ConfigurationError("capture_steps needs the whole model on one device; drop it or the device_map.")
+        if self._settings.batch_invariant:
+            raise ConfigurationError("capture_steps and batch_invariant exclude each other; choose one.")
+        return CapturedStep(loaded, pool)
+
+    def _pool_positions(self, loaded: LoadedModel) -> int:
+        per_position = sum(shape.bytes_per_position for shape in loaded.shapes)
+        budget = self._settings.kv_pool_bytes
+        if budget is None:
+            free = torch.cuda.mem_get_info(loaded.device)[0] if loaded.device.type == "cuda" else None
+            budget = CPU_POOL_BYTES if free is None else int(ACCELERATOR_POOL_SHARE * free)
+        if budget < per_position:
+            raise ConfigurationError(f"kv_pool_bytes={budget} holds no position: one takes {per_position} bytes.")
+        return budget // per_position
+
+    def _offload(self, view: PooledKv) -> None:
+        """Hand an evicted KV-cache to the store, if its context was stored; else the lineage alone stays."""
+        context = view.context()
+        if context is None or context.handle is None:
+            return
+        copy = context.with_kv(view.to_host())
+
+        def put() -> None:
+            try:
+                self._store.put(copy, scope=context.scope)
+            except StoreError as error:
+                log.warning("An evicted KV-cache was not kept (its lineage is): %s", error)
+
+        self._offloads.submit(put)
+
+
+def _ridge_file(loaded: LoadedModel) -> Path:
+    return user_cache_path("avp-agents") / "ridge" / f"{loaded.fingerprint}.safetensors"

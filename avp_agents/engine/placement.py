@@ -1,0 +1,95 @@
+"""Where a sequence starts: which of its positions have keys and values somewhere already."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from avp_agents.context import Context, LatentSegment, Segment, TokenSegment
+from avp_agents.engine.kv_pool import KvPool, PooledKv, Region
+from avp_agents.engine.sequence import Placement, Sequence
+
+
+def place(sequence: Sequence, pool: KvPool, *, exact_parents_only: bool) -> tuple[Region, Placement] | None:
+    """Open a region for a sequence, its known positions filled in.
+
+    Args:
+        sequence: Not admitted yet.
+        pool: The KV memory.
+        exact_parents_only: Use only what the base context's own run computed, not equal tokens that another run
+            computed in other shapes (whose last bits may differ).
+
+    Returns:
+        The region and how it was filled; None while running sequences hold the memory.
+
+    Raises:
+        KvMemoryError: The pool is smaller than the sequence.
+    """
+    started = time.monotonic()
+    request = sequence.request
+    view, matched = _best_view(sequence.lineage, pool)
+    if exact_parents_only and (request.base is None or matched < len(request.base) - 1):
+        view, matched = None, 0
+    # the last position is always fed, since its hidden state is needed
+    most = sequence.total - 1 if sequence.total > 0 else 0
+    host = request.host_kv
+    from_host = 0
+    if host is not None:
+        source = request.base or request.prefix
+        assert source is not None
+        from_host = min(host.length, shared_positions(source.lineage, sequence.lineage), most)
+    reused = min(matched, most)
+    if host is not None and from_host > reused:
+        region = pool.open(0, sequence.capacity, None)
+        if region is None:
+            return None
+        pool.upload(region, host, from_host)
+        moved = host.nbytes * from_host // host.length
+        return region, Placement(from_host, moved, time.monotonic() - started)
+    region = pool.open(reused, sequence.capacity, view if reused else None)
+    if region is None:
+        return None
+    return region, Placement(reused, 0, time.monotonic() - started)
+
+
+def shared_positions(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> int:
+    """Leading positions that two lineages have in common: equal ids, and latent runs of equal values."""
+    shared = 0
+    for a, b in zip(one, other, strict=False):
+        if a is b:
+            shared += len(a)
+            continue
+        if isinstance(a, LatentSegment) and isinstance(b, LatentSegment):
+            if a.embeddings.shape != b.embeddings.shape or not torch.equal(a.embeddings, b.embeddings):
+                return shared
+            shared += len(a)
+            continue
+        if not (isinstance(a, TokenSegment) and isinstance(b, TokenSegment)):
+            return shared
+        same = _common_ids(a.token_ids, b.token_ids)
+        shared += same
+        if same < max(len(a), len(b)):
+            return shared
+    return shared
+
+
+def _common_ids(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    if one == other:
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _best_view(lineage: tuple[Segment, ...], pool: KvPool) -> tuple[PooledKv | None, int]:
+    """The resident KV-cache that covers most of a lineage; among equals the one that can be grown in place."""
+    best: PooledKv | None = None
+    best_key = (0, 0)
+    for view in pool.views():
+        context: Context | None = view.context()
+        if context is None:
+            continue
+        matched = min(view.length, shared_positions(context.lineage, lineage))
+        key = (matched, -(view.length - matched))
+        if matched and key > best_key:
+            best, best_key = view, key
+    return best, best_key[0]

@@ -1,0 +1,70 @@
+"""A check at load: the model on the KV pool computes what the same model computes without it."""
+
+from __future__ import annotations
+
+import torch
+
+from avp_agents.engine.attention import IMPLEMENTATION, Layout, PoolCache, Row
+from avp_agents.engine.kv_pool import KvPool
+from avp_agents.engine.loading import Forward, LoadedModel
+from avp_agents.errors import UnsupportedModelError
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+"""Largest relative deviation of a last hidden state; a wrong mask or position gives errors of the order of 1."""
+_LONG, _SHORT, _CUT = 13, 6, 9
+
+
+@torch.inference_mode()
+def verify_exactness(loaded: LoadedModel, pool: KvPool) -> None:
+    """Run two ragged rows, one of them in two chunks, on the pool and without it, and compare.
+
+    Raises:
+        UnsupportedModelError: They differ by more than rounding.
+    """
+    if pool.positions < _LONG + _SHORT:
+        return
+    ids = torch.randint(0, loaded.vocabulary.size, (_LONG + _SHORT,), generator=torch.Generator().manual_seed(0))
+    embeddings = loaded.vocabulary.embed(ids.to(loaded.device))
+    pooled = _pooled(loaded, pool, embeddings)
+    plain = _plain(loaded, embeddings)
+    deviation = float((pooled - plain).norm(dim=-1).max() / plain.norm(dim=-1).mean())
+    if not deviation <= TOLERANCE[loaded.dtype]:
+        raise UnsupportedModelError(
+            f"{type(loaded.model).__name__} on the KV pool deviates by {deviation:.2g} (relative) from the model "
+            "without it; the engine would not represent it exactly."
+        )
+
+
+def _pooled(loaded: LoadedModel, pool: KvPool, embeddings: torch.Tensor) -> torch.Tensor:
+    """Hidden states ``[19, hidden]`` float32: first 9 of 13 and 6 of 6 positions together, then the remaining 4."""
+    forward, cache = Forward(loaded.model), PoolCache(pool)
+    first = torch.cat([torch.arange(_CUT), torch.arange(_SHORT)])
+    second = torch.arange(_CUT, _LONG)
+    inputs = torch.cat([embeddings[:_CUT], embeddings[_LONG:]])
+    hidden = [
+        _pass(forward, cache, inputs, first, (Row(0, _CUT, 0, _CUT), Row(_CUT, _SHORT, _LONG, _SHORT))),
+        _pass(forward, cache, embeddings[_CUT:_LONG], second, (Row(0, _LONG - _CUT, 0, _LONG),)),
+    ]
+    return torch.cat([hidden[0][:_CUT], hidden[1], hidden[0][_CUT:]])
+
+
+def _pass(
+    forward: Forward, cache: PoolCache, inputs: torch.Tensor, positions: torch.Tensor, rows: tuple[Row, ...]
+) -> torch.Tensor:
+    bases = torch.cat([torch.full((row.count,), row.base) for row in rows])
+    layout = Layout(slots=(bases + positions).to(inputs.device), rows=rows)
+    cache.place(layout.slots)
+    return forward(inputs, positions.to(inputs.device), None, cache, layout)[0].float()
+
+
+def _plain(loaded: LoadedModel, embeddings: torch.Tensor) -> torch.Tensor:
+    """The same positions, each row alone, without cache, by transformers' own eager attention."""
+    model = loaded.model
+    forward = Forward(model)
+    model.set_attn_implementation("eager")
+    try:
+        rows = (embeddings[:_LONG], embeddings[_LONG:])
+        hidden = [forward(r, torch.arange(len(r), device=r.device), None, None, None)[0].float() for r in rows]
+    finally:
+        model.set_attn_implementation(IMPLEMENTATION)
+    return torch.cat(hidden)

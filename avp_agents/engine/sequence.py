@@ -1,0 +1,382 @@
+"""One request on its way through the scheduler: what it feeds the model next, and what it makes of the answer.
+
+    Sequence          prefills a lineage that is partly in the pool already
+    ├── Replaying     ... and is done: a KV-cache was rebuilt
+    ├── Thinking      ... then runs latent steps
+    └── Answering     ... then decodes tokens
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from avp_agents.context import Context, HostKv, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
+from avp_agents.engine.base import Chunk, FinishReason, Generation, TokenLogprob
+from avp_agents.engine.kv_pool import Region
+from avp_agents.engine.runner import Inputs, Piece
+from avp_agents.engine.sampling import RowSampler, Sampled
+from avp_agents.engine.stopping import TextStream
+from avp_agents.usage import Handoff, HandoffMode, Usage
+
+Event = Chunk | Context | BaseException
+"""A piece of an answer (the last one holds the `Generation`), a finished context, or why there is none."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What a caller submitted.
+
+    Attributes:
+        model: Fingerprint and dtype of the engine.
+        base: The context the prompt goes on top of, if any.
+        prompt_ids: New ids behind the base.
+        relation: How base and prompt belong together, for the handoff's reason.
+        notes: What rendering decided.
+        prefix: A token-only context whose KV-cache may serve as far as the ids agree.
+        host_kv: KV-cache of `base` (or `prefix`) that a store had, if it is not in the pool.
+        deliver: Called from the scheduler's thread with every event.
+        source: Admission is fair between sources.
+        deadline: `time.monotonic()` at which the request times out.
+    """
+
+    model: tuple[str, str]
+    base: Context | None
+    prompt_ids: tuple[int, ...]
+    relation: str
+    notes: tuple[str, ...]
+    prefix: Context | None
+    host_kv: HostKv | None
+    deliver: Callable[[Event], None]
+    source: str
+    deadline: float | None
+    submitted: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+    @property
+    def lineage(self) -> tuple[Segment, ...]:
+        """Base and prompt."""
+        base = self.base.lineage if self.base is not None else ()
+        return (*base, TokenSegment(self.prompt_ids)) if self.prompt_ids else base
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a sequence got its start in the pool.
+
+    Attributes:
+        reused: Positions whose keys and values were there.
+        bytes_moved: Bytes uploaded from the host.
+        seconds: Time for finding, copying and uploading.
+    """
+
+    reused: int = 0
+    bytes_moved: int = 0
+    seconds: float = 0.0
+
+
+class Sequence(ABC):
+    """A request with its place in the KV pool.
+
+    Attributes:
+        region: Its positions in the pool, once admitted.
+        length: Positions whose keys and values are in the pool.
+        total: Positions of the lineage to prefill.
+        capacity: Most positions it can come to need.
+    """
+
+    def __init__(self, request: Request, more: int) -> None:
+        self.request = request
+        self.lineage = request.lineage
+        self.total = sum(len(segment) for segment in self.lineage)
+        self.capacity = self.total + more
+        self.region: Region | None = None
+        self.length = 0
+        self.placement = Placement()
+        self.admitted = self.prefilled = request.submitted
+
+    def admit(self, region: Region, placement: Placement) -> None:
+        """Start in `region`, whose first ``placement.reused`` positions are this lineage's."""
+        self.region, self.placement = region, placement
+        self.length = placement.reused
+        self.admitted = time.monotonic()
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether positions of the lineage are still to be fed."""
+        return self.length < self.total
+
+    def next_piece(self, budget: int) -> Piece:
+        """What to feed next: at most `budget` positions of the lineage, or one step."""
+        assert self.region is not None
+        inputs = lineage_inputs(self.lineage, self.length, budget) if self.prefilling else (self.step_input(),)
+        stop = self.length + sum(len(part) for part in inputs)
+        wants_logits = stop >= self.total and self.wants_logits()
+        return Piece(inputs=inputs, base=self.region.start, start=self.length, wants_logits=wants_logits)
+
+    def fed(self, count: int) -> None:
+        """Note that `count` positions more are in the pool."""
+        assert self.region is not None
+        if self.prefilling and self.length + count >= self.total:
+            self.prefilled = time.monotonic()
+        self.length += count
+        self.region.written = self.length
+
+    @abstractmethod
+    def step_input(self) -> Inputs:
+        """The one position after the prefill: a token id or a latent embedding."""
+
+    @abstractmethod
+    def wants_logits(self) -> bool:
+        """Whether the coming position's logits are needed."""
+
+    @abstractmethod
+    def end(self) -> Event:
+        """The last event; called after the sequence's last step, before its region is closed."""
+
+    @abstractmethod
+    def result_context(self) -> Context | None:
+        """The context that keeps the region, once `end` was called."""
+
+    def make_context(self, lineage: tuple[Segment, ...], usage: Usage, readout: Readout | None = None) -> Context:
+        """A context of this engine's model with what it cost."""
+        fingerprint, dtype = self.request.model
+        context = Context(fingerprint, dtype, lineage, readout)
+        context.attach(usage=usage, handoff=self.handoff())
+        return context
+
+    def usage(self, *, latent_steps: int = 0, completion_tokens: int = 0) -> Usage:
+        """What the request cost up to now."""
+        now = time.monotonic()
+        stepping = now - self.prefilled
+        return Usage(
+            prompt_tokens=self.total,
+            positions_reused=self.placement.reused,
+            latent_steps=latent_steps,
+            completion_tokens=completion_tokens,
+            queue_seconds=self.admitted - self.request.submitted,
+            prefill_seconds=self.prefilled - self.admitted,
+            latent_seconds=stepping if latent_steps else 0.0,
+            decode_seconds=stepping if completion_tokens else 0.0,
+        )
+
+    def handoff(self) -> Handoff:
+        """How the base (or the prefix) was used."""
+        base, placement = self.request.base, self.placement
+        if base is None:
+            return self._prefix_handoff()
+        reused = min(placement.reused, len(base))
+        missing = len(base) - reused
+        # the last sampled token of an answer never had keys and values, so feeding it is no replay
+        mode: HandoffMode = "kv" if missing <= 1 else "replay"
+        prefill = self.prefilled - self.admitted
+        replaying = prefill * missing / max(1, self.total - placement.reused) if mode == "replay" else 0.0
+        where = "uploaded from the store" if placement.bytes_moved else "in the pool"
+        reason = f"KV-cache {where}" if mode == "kv" else f"{missing} positions had no KV-cache"
+        return Handoff(
+            mode=mode,
+            reason=f"{self.request.relation}: {reason}",
+            bytes=placement.bytes_moved if mode == "kv" else base.nbytes,
+            milliseconds=1e3 * (placement.seconds + replaying),
+            positions_reused=reused,
+            positions_replayed=missing if mode == "replay" else 0,
+            notes=self.request.notes,
+        )
+
+    def _prefix_handoff(self) -> Handoff:
+        reused = self.placement.reused
+        if self.request.prefix is None or not reused:
+            return Handoff(notes=self.request.notes, positions_reused=reused)
+        return Handoff(
+            mode="kv",
+            reason="same leading tokens",
+            bytes=self.placement.bytes_moved,
+            milliseconds=1e3 * self.placement.seconds,
+            positions_reused=reused,
+            notes=self.request.notes,
+        )
+
+
+class Replaying(Sequence):
+    """Rebuilds a context's KV-cache."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request, more=0)
+        self._context: Context | None = None
+
+    def step_input(self) -> Inputs:
+        """Never asked for: a replay ends with its prefill."""
+        raise AssertionError("a replay has no steps")
+
+    def wants_logits(self) -> bool:
+        """No."""
+        return False
+
+    def end(self) -> Event:
+        """The context."""
+        base = self.request.base
+        assert base is not None
+        self._context = self.make_context(self.lineage, self.usage(), base.readout)
+        return self._context
+
+    def result_context(self) -> Context | None:
+        """The context that now has its KV-cache again."""
+        return self._context
+
+
+class Thinking(Sequence):
+    """Runs latent steps: each last hidden state, mapped to the input space, is the next input."""
+
+    def __init__(self, request: Request, recipe: LatentRecipe, always_logits: bool) -> None:
+        super().__init__(request, more=recipe.steps)
+        self.recipe = recipe
+        self._always_logits = always_logits
+        self.latents: list[torch.Tensor] = []
+        self.last_hidden: torch.Tensor | None = None
+        self._readout: Readout | None = None
+        self._context: Context | None = None
+
+    def step_input(self) -> Inputs:
+        """The newest latent embedding, ``[1, hidden]``."""
+        return self.latents[-1][None]
+
+    def wants_logits(self) -> bool:
+        """Where f or a stopping rule needs them, and at the end for the readout."""
+        next_is_last = len(self.latents) >= self.recipe.steps
+        return self._always_logits or next_is_last
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps asked for were run."""
+        return len(self.latents) >= self.recipe.steps
+
+    def read_out(self, hidden: torch.Tensor, token_ids: torch.Tensor, probabilities: torch.Tensor) -> None:
+        """Keep what the model was about to say."""
+        self._readout = Readout(hidden.cpu().clone(), token_ids.cpu().clone(), probabilities.cpu().clone())
+
+    def end(self) -> Event:
+        """The context."""
+        lineage = self.lineage
+        if self.latents:
+            lineage = (*lineage, LatentSegment(torch.stack(self.latents).cpu(), self.recipe))
+        usage = self.usage(latent_steps=len(self.latents))
+        self._context = self.make_context(lineage, usage, self._readout)
+        return self._context
+
+    def result_context(self) -> Context | None:
+        """The thought."""
+        return self._context
+
+
+class Answering(Sequence):
+    """Decodes tokens until a stop or the limit."""
+
+    def __init__(
+        self, request: Request, max_tokens: int, sampler: RowSampler, text: TextStream, stop_ids: frozenset[int]
+    ) -> None:
+        super().__init__(request, more=max_tokens)
+        self.sampler = sampler
+        self._max_tokens = max_tokens
+        self._text = text
+        self._stop_ids = stop_ids
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._finish: FinishReason | None = None
+        self._result: Generation | None = None
+
+    def step_input(self) -> Inputs:
+        """The newest token."""
+        return (self._ids[-1],)
+
+    def wants_logits(self) -> bool:
+        """Always: every step is sampled from."""
+        return True
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has ended."""
+        return self._finish is not None
+
+    def accept(self, sampled: Sampled, token_text: Callable[[int], str]) -> None:
+        """Take a token: emit its text, and see whether it ends the answer."""
+        token = sampled.token_id
+        self._ids.append(token)
+        logprobs = self._note_logprob(sampled, token_text)
+        if token in self._stop_ids and len(self._ids) > self.sampler.params.min_tokens:
+            self._finish = "stop"
+            delta = self._text.finish()
+        else:
+            delta = self._text.feed(token)
+            if self._text.stopped and len(self._ids) >= self.sampler.params.min_tokens:
+                self._finish = "stop"
+            elif len(self._ids) >= self._max_tokens:
+                self._finish = "length"
+                delta += self._text.finish()
+        if not self.done:
+            self.request.deliver(Chunk(delta, (token,), logprobs=logprobs))
+        else:
+            self._tail = (delta, token, logprobs)
+
+    def end(self) -> Event:
+        """The last chunk, with the whole answer."""
+        delta, token, logprobs = self._tail
+        assert self._finish is not None
+        ids = self._lineage_ids()
+        lineage = (*self.lineage, TokenSegment(ids)) if ids else self.lineage
+        usage = self.usage(completion_tokens=len(self._ids))
+        context = self.make_context(lineage, usage)
+        self._keep_only(ids)
+        asked = self.sampler.params.logprobs is not None
+        self._result = Generation(
+            text=self._text.text,
+            token_ids=ids,
+            context=context,
+            usage=usage,
+            handoff=self.handoff(),
+            finish_reason=self._finish,
+            logprobs=tuple(self._logprobs) if asked else None,
+        )
+        return Chunk(delta, (token,) if ids == tuple(self._ids) else (), self._result, logprobs)
+
+    def result_context(self) -> Context | None:
+        """Lineage and answer."""
+        return self._result.context if self._result is not None else None
+
+    def _lineage_ids(self) -> tuple[int, ...]:
+        """What stays: everything, or, after a stop string, what lies before it."""
+        return self._text.lineage_ids() if self._text.stopped else tuple(self._ids)
+
+    def _keep_only(self, ids: tuple[int, ...]) -> None:
+        """Forget keys and values of ids that a stop string cut away."""
+        assert self.region is not None
+        same = next((i for i, (a, b) in enumerate(zip(ids, self._ids, strict=False)) if a != b), len(ids))
+        self.length = min(self.length, self.total + same)
+        self.region.written = self.length
+
+    def _note_logprob(self, sampled: Sampled, token_text: Callable[[int], str]) -> tuple[TokenLogprob, ...]:
+        if sampled.logprob is None:
+            return ()
+        entry = TokenLogprob(sampled.token_id, token_text(sampled.token_id), sampled.logprob, sampled.top)
+        self._logprobs.append(entry)
+        return (entry,)
+
+
+def lineage_inputs(lineage: tuple[Segment, ...], start: int, budget: int) -> tuple[Inputs, ...]:
+    """At most `budget` positions of a lineage from `start` on: ids and latent embeddings in order."""
+    parts: list[Inputs] = []
+    for segment in lineage:
+        if start >= len(segment):
+            start -= len(segment)
+            continue
+        if budget <= 0:
+            break
+        stop = min(len(segment), start + budget)
+        content = segment.token_ids if isinstance(segment, TokenSegment) else segment.embeddings
+        parts.append(content[start:stop])
+        budget -= stop - start
+        start = 0
+    return tuple(parts)

@@ -1,0 +1,232 @@
+"""Which context a conversation continues: the cases of the table in `avp_agents.engine.prompt_lineage`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from prompt_tokenizers import chatml, llama_3, mistral
+from transformers import PreTrainedTokenizerFast
+
+from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
+from avp_agents.engine.prompt import PromptPlan, PromptRenderer
+
+RECIPE = LatentRecipe("soft", 256, 1.0, False, 2)
+RESEARCHER = {"role": "system", "content": "You are a researcher."}
+SOLVER = {"role": "system", "content": "You are a solver."}
+QUESTION = {"role": "user", "content": "What is 24 * 17 + 3?"}
+WHY = {"role": "user", "content": "Why?"}
+NOTE = "What the researcher found"
+UNUSED = "the context that is used does not extend it"
+
+Messages = list[dict[str, Any]]
+
+
+class Agents:
+    """A renderer, and what an engine makes of its plans: contexts without numbers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = PromptRenderer(tokenizer)
+
+    def plan(self, messages: Messages, context: Context | None = None) -> PromptPlan:
+        return self.renderer.plan(messages, context)
+
+    def text(self, plan: PromptPlan) -> str:
+        return str(self.tokenizer.decode(plan.token_ids))
+
+    def think(self, messages: Messages, context: Context | None = None, steps: int = 2) -> Context:
+        """Latent steps behind the prompt; the number of steps tells two thoughts apart."""
+        return self._made(messages, context, LatentSegment(torch.zeros(steps, 4), RECIPE))
+
+    def answer(self, messages: Messages, text: str, context: Context | None = None, *, ended: bool = True) -> Context:
+        """An answer behind the prompt, one id per byte: sampled ids need not be those that its text encodes to."""
+        ids = [id_ for letter in text for id_ in self.tokenizer.encode(letter, add_special_tokens=False)]
+        end = [min(self.renderer.stop_ids)] if ended else []
+        return self._made(messages, context, TokenSegment((*ids, *end)))
+
+    def _made(self, messages: Messages, context: Context | None, made: TokenSegment | LatentSegment) -> Context:
+        plan = self.plan(messages, context)
+        before = plan.base.lineage if plan.base else ()
+        return Context("f" * 64, "float32", (*before, TokenSegment(plan.token_ids), made))
+
+
+@pytest.fixture(scope="module", params=[chatml, llama_3], ids=["chatml", "llama_3"])
+def agents(request: pytest.FixtureRequest) -> Agents:
+    return Agents(request.param())
+
+
+def said(text: str, context: Context | None = None) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "context": context}
+
+
+def outcome(plan: PromptPlan) -> tuple[Context | None, str, tuple[str, ...]]:
+    return plan.base, plan.relation, plan.notes
+
+
+class TestContinuation:
+    def test_the_same_agent_goes_on_from_its_thought(self, agents: Agents):
+        thought = agents.think([SOLVER, QUESTION])
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, thought), WHY])
+        assert outcome(plan) == (thought, "continuation", ())
+        assert plan.token_ids == agents.plan([WHY], thought).token_ids
+
+    def test_sampled_ids_are_kept_though_the_text_encodes_otherwise(self, agents: Agents):
+        answer = agents.answer([QUESTION], "hello")
+        plan = agents.plan([QUESTION, said("hello", answer), WHY])
+        assert outcome(plan) == (answer, "continuation", ())
+        assert plan.base is not None
+        assert (*answer.token_ids(), *plan.token_ids) != tuple(agents.renderer.render([QUESTION, said("hello"), WHY]))
+
+    def test_turn_by_turn(self, agents: Agents):
+        messages, answer = [SOLVER], None
+        for turn in range(5):
+            messages.append({"role": "user", "content": f"Question {turn}"})
+            plan = agents.plan(messages)
+            assert outcome(plan) == (answer, "continuation" if turn else "fresh", ())
+            assert f"Question {turn - 1}" not in agents.text(plan)
+            answer = agents.answer(messages, "hello", ended=turn % 2 == 0)
+            messages.append(said("hello", answer))
+
+    def test_with_nothing_after_it_a_new_turn_is_opened(self, agents: Agents):
+        thought = agents.think([QUESTION])
+        plan = agents.plan([QUESTION, said(NOTE, thought)])
+        assert outcome(plan) == (thought, "continuation", ())
+        assert plan.token_ids == agents.plan([], thought).token_ids
+
+    def test_a_message_changed_in_between_ends_it(self, agents: Agents):
+        first = agents.answer([QUESTION], "411")
+        second = agents.answer([QUESTION, said("411", first), WHY], "Because.")
+        edited = [QUESTION, said("411", first), {"role": "user", "content": "How?"}, said("Because.", second), WHY]
+        plan = agents.plan(edited)
+        assert outcome(plan) == (first, "continuation", (f"context of message 3 rendered as text: {UNUSED}",))
+        assert "How?" in agents.text(plan)
+        assert "Because." in agents.text(plan)
+
+
+class TestHandoff:
+    def test_another_agents_thought_stands_for_its_message(self, agents: Agents):
+        thought = agents.think([RESEARCHER, QUESTION])
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, thought), WHY])
+        assert outcome(plan) == (thought, "handoff", ())
+        assert plan.token_ids == agents.plan([SOLVER, QUESTION, WHY], thought).token_ids
+        assert NOTE not in agents.text(plan)
+
+    def test_the_solvers_next_turn_continues_its_own_context(self, agents: Agents):
+        thought = agents.think([RESEARCHER, QUESTION])
+        messages = [SOLVER, QUESTION, said(NOTE, thought)]
+        answer = agents.answer(messages, "411")
+        plan = agents.plan([*messages, said("411", answer), WHY])
+        assert outcome(plan) == (answer, "continuation", ())
+        assert plan.token_ids == agents.plan([WHY], answer).token_ids
+
+    def test_a_thought_with_nothing_before_it(self, agents: Agents):
+        thought = agents.think([RESEARCHER, QUESTION])
+        plan = agents.plan([said(NOTE, thought), WHY])
+        assert outcome(plan) == (thought, "handoff", ())
+        assert plan.token_ids == agents.plan([WHY], thought).token_ids
+
+    def test_of_two_unrelated_thoughts_the_last_is_the_base(self, agents: Agents):
+        one = agents.think([RESEARCHER, QUESTION], steps=2)
+        other = agents.think([{"role": "system", "content": "You are a critic."}, QUESTION], steps=3)
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, one), said("Criticism", other), WHY])
+        assert outcome(plan) == (other, "handoff", (f"context of message 2 rendered as text: {UNUSED}",))
+        assert plan.token_ids == agents.plan([SOLVER, QUESTION, said(NOTE), WHY], other).token_ids
+
+    def test_a_thought_that_descends_from_an_earlier_one_holds_its_message(self, agents: Agents):
+        one = agents.think([RESEARCHER, QUESTION])
+        other = agents.think([{"role": "system", "content": "You are a critic."}], one)
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, one), said("Criticism", other), WHY])
+        assert outcome(plan) == (other, "handoff", ())
+        assert plan.token_ids == agents.plan([SOLVER, QUESTION, WHY], other).token_ids
+
+    def test_messages_that_an_earlier_base_holds_are_not_repeated(self, agents: Agents):
+        """The second thought goes on from the first, which continues the conversation; only the edit is new."""
+        first = agents.think([SOLVER, QUESTION])
+        second = agents.think([WHY], first)
+        how = {"role": "user", "content": "How?"}
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, first), how, said("Thought", second), WHY])
+        assert outcome(plan) == (second, "handoff", ())
+        assert plan.token_ids == agents.plan([how, WHY], second).token_ids
+
+    def test_the_last_of_parallel_thoughts_holds_what_they_share(self, agents: Agents):
+        one, other = (agents.think([SOLVER, QUESTION], steps=steps) for steps in (2, 3))
+        plan = agents.plan([SOLVER, QUESTION, said("one", one), said("other", other), WHY])
+        assert outcome(plan) == (other, "handoff", (f"context of message 2 rendered as text: {UNUSED}",))
+        assert plan.token_ids == agents.plan([said("one"), WHY], other).token_ids
+
+    def test_any_role_may_carry_a_thought(self, agents: Agents):
+        thought = agents.think([RESEARCHER, QUESTION])
+        plan = agents.plan([QUESTION, {"role": "tool", "content": NOTE, "context": thought}, WHY])
+        assert outcome(plan) == (thought, "handoff", ())
+        assert NOTE not in agents.text(plan)
+
+
+class TestTextOfOtherAgents:
+    def test_it_is_rendered_and_its_kv_cache_is_a_plain_prefix(self, agents: Agents):
+        answer = agents.answer([RESEARCHER, QUESTION], "hello")
+        plan = agents.plan([SOLVER, QUESTION, said("hello", answer), WHY])
+        note = "context of message 2 rendered as text: it was made from another prompt"
+        assert outcome(plan) == (None, "fresh", (note,))
+        assert list(plan.token_ids) == agents.renderer.render([SOLVER, QUESTION, said("hello"), WHY])
+        assert plan.reuse is answer
+
+    def test_the_context_that_agrees_most_is_reused(self, agents: Agents):
+        far = agents.answer([QUESTION], "far")
+        near = agents.answer([SOLVER, {"role": "user", "content": "What is 24?"}], "near")
+        plan = agents.plan([SOLVER, QUESTION, said("near", near), said("far", far), WHY])
+        assert plan.reuse is near
+
+    def test_a_context_that_does_not_agree_at_all_is_not_reused(self, agents: Agents):
+        alien = Context("f" * 64, "float32", (TokenSegment((5, 6, 7)),))
+        assert agents.plan([QUESTION, said("hello", alien), WHY]).reuse is None
+
+    def test_the_agents_own_answer_after_it_is_still_continued(self, agents: Agents):
+        messages = [SOLVER, QUESTION, said("hello", agents.answer([RESEARCHER, QUESTION], "hello"))]
+        own = agents.answer(messages, "411")
+        plan = agents.plan([*messages, said("411", own), WHY])
+        assert outcome(plan) == (own, "continuation", ())
+
+    def test_before_another_agents_thought_it_is_rendered_behind_that(self, agents: Agents):
+        own = agents.answer([SOLVER, QUESTION], "411")
+        thought = agents.think([RESEARCHER, WHY])
+        plan = agents.plan([SOLVER, QUESTION, said("411", own), WHY, said(NOTE, thought)])
+        assert outcome(plan) == (thought, "handoff", (f"context of message 2 rendered as text: {UNUSED}",))
+        assert plan.token_ids == agents.plan([SOLVER, QUESTION, said("411"), WHY], thought).token_ids
+
+
+class TestExplicitContext:
+    def test_it_is_a_handoff_even_of_text(self, agents: Agents):
+        answer = agents.answer([QUESTION], "411")
+        assert outcome(agents.plan([WHY], answer)) == (answer, "handoff", ())
+
+    def test_messages_that_it_holds_are_not_rendered(self, agents: Agents):
+        thought = agents.think([SOLVER, QUESTION])
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, thought), WHY], thought)
+        assert outcome(plan) == (thought, "handoff", ())
+        assert plan.token_ids == agents.plan([WHY], thought).token_ids
+
+    def test_it_goes_before_the_contexts_of_messages(self, agents: Agents):
+        thought = agents.think([RESEARCHER, QUESTION])
+        own = agents.think([SOLVER, QUESTION])
+        plan = agents.plan([SOLVER, QUESTION, said("Mine", own), WHY], thought)
+        assert outcome(plan) == (thought, "handoff", (f"context of message 2 rendered as text: {UNUSED}",))
+        assert plan.token_ids == agents.plan([SOLVER, QUESTION, said("Mine"), WHY], thought).token_ids
+
+    def test_a_context_made_on_top_of_it_takes_over(self, agents: Agents):
+        thought = agents.think([RESEARCHER, QUESTION])
+        answer = agents.answer([SOLVER, QUESTION], "411", thought)
+        plan = agents.plan([SOLVER, QUESTION, said("411", answer), WHY], thought)
+        assert outcome(plan) == (answer, "continuation", ())
+        assert plan.token_ids == agents.plan([WHY], answer).token_ids
+
+
+class TestStrictTemplates:
+    def test_a_prefix_that_cannot_be_rendered_is_not_continued(self):
+        """Mistral's template opens no turn after the system message alone; the whole prompt is fine."""
+        agents = Agents(mistral())
+        thought = agents.think([QUESTION])
+        plan = agents.plan([SOLVER, said(NOTE, thought), WHY])
+        assert (plan.base, plan.relation) == (thought, "handoff")
+        assert agents.text(plan) == "</s>[INST] You are a solver.\n\nWhy? [/INST]"
