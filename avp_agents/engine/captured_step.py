@@ -86,9 +86,7 @@ class CapturedStep:
 
         return _GraphStep(run, buffers) if device.type == "cuda" else _CompiledStep(run, buffers)
 
-    def _fill(
-        self, buffers: _Buffers, embeddings: torch.Tensor, pieces: Sequence[Piece], rows: int, span: int
-    ) -> None:
+    def _fill(self, buffers: _Buffers, embeddings: torch.Tensor, pieces: Sequence[Piece], rows: int, span: int) -> None:
         padding = rows - len(pieces)
         scratch = self._pool.scratch
         bases = torch.tensor([p.base for p in pieces] + [scratch] * padding)

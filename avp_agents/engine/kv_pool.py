@@ -176,7 +176,8 @@ class KvPool:
         lengths = {tensor.shape[1] for pair in kv.layers for tensor in pair}
         if expected != found or len(lengths) > 1:
             raise ConfigurationError(
-                f"A KV-cache of {len(found)} layers {found[:1]} does not fit this model's {len(expected)} layers {expected[:1]}."
+                f"A KV-cache of {len(found)} layers {found[:1]} does not fit this model: "
+                f"{len(expected)} layers {expected[:1]}."
             )
 
     def close(self, region: Region, context: Context | None) -> PooledKv | None:

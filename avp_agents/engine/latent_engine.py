@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import queue
-import threading
-import time
-import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence as Seq
-from typing import Any, Self, Unpack
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from avp_agents.context import Context, ContextHandle, HostKv, LatentRecipe
+from avp_agents.context import Context, ContextHandle
 from avp_agents.engine.base import Chunk, GenerateOptions, Generation, Prompt, ThinkOptions
+from avp_agents.engine.delivery import ChunkStream, await_context, stream_chunks, wait_for_context
 from avp_agents.engine.model_runtime import EngineSettings, ModelRuntime
-from avp_agents.engine.prompt import PromptPlan
-from avp_agents.engine.sampling import RowSampler, SamplingParams
-from avp_agents.engine.scheduler import EngineStats
-from avp_agents.engine.sequence import Answering, Event, Replaying, Request, Sequence, Thinking
-from avp_agents.engine.stopping import TextStream
-from avp_agents.errors import (
-    AvpError,
-    ConfigurationError,
-    ContextWindowError,
-    FingerprintMismatchError,
-    StoreError,
-)
+from avp_agents.engine.model_source import InMemory, ModelSource, Pretrained
+from avp_agents.engine.request_builder import RequestBuilder
+from avp_agents.engine.scheduler import EngineStats, Scheduler
 from avp_agents.models import resolve_model
 from avp_agents.store import ContextStore, default_store
 
-DEGENERATE_STEPS = 40
-_THINK_OPTIONS = frozenset(ThinkOptions.__annotations__)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LatentEngine:
@@ -42,10 +32,11 @@ class LatentEngine:
         ...     print(engine.generate("Solve step by step: 24 * 17 + 3", context=context).text)
     """
 
-    def __init__(self, name_or_path: str, store: ContextStore, settings: EngineSettings) -> None:
-        self.model_path = name_or_path
+    def __init__(self, source: ModelSource, store: ContextStore, settings: EngineSettings) -> None:
+        self.model_path = source.name
         self.store = store
-        self._runtime = ModelRuntime(name_or_path, settings, store)
+        self._runtime = ModelRuntime(source, settings, store)
+        self._requests = RequestBuilder(self._runtime, store, source.name)
         self._finalizer = weakref.finalize(self, self._runtime.close)
 
     @classmethod
@@ -88,21 +79,38 @@ class LatentEngine:
             ModelNotFoundError: No name was given, and no source has the default model.
             ConfigurationError: An option is out of range.
         """
-        if max_batch < 1 or max_queue < 1:
-            raise ConfigurationError("max_batch and max_queue must be at least 1.")
         settings = EngineSettings(
-            device=device,
-            dtype=dtype,
             batch_invariant=batch_invariant,
             kv_pool_bytes=kv_pool_bytes,
             max_batch=max_batch,
             max_queue=max_queue,
             capture_steps=capture_steps,
-            adapters=tuple(adapters),
             chat_template_kwargs=dict(chat_template_kwargs or {}),
-            model_options=dict(model_options),
         )
-        return cls(resolve_model(name_or_path), store if store is not None else default_store(), settings)
+        name = resolve_model(name_or_path)
+        source = Pretrained(name, device, dtype, tuple(adapters), dict(model_options))
+        return cls(source, store if store is not None else default_store(), settings)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        store: ContextStore | None = None,
+        **settings: Any,
+    ) -> Self:
+        """An engine for a model that is in memory already; the engine takes it over (attention, packed weights).
+
+        Args:
+            model: A decoder-only model, placed where it is to run.
+            tokenizer: Its tokenizer.
+            store: As in `from_pretrained`.
+            **settings: ``batch_invariant``, ``kv_pool_bytes``, ``max_batch``, ``max_queue``, ``capture_steps``,
+                ``chat_template_kwargs`` as in `from_pretrained`.
+        """
+        source = InMemory(model, tokenizer)
+        return cls(source, store if store is not None else default_store(), EngineSettings(**settings))
 
     @property
     def fingerprint(self) -> str:
@@ -129,7 +137,7 @@ class LatentEngine:
 
     def load(self) -> None:
         """Load the weights now instead of at the first use."""
-        self._runtime.scheduler  # noqa: B018  (the property loads)
+        self._started()
 
     def think(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
@@ -152,7 +160,10 @@ class LatentEngine:
             NumericalError: NaN or Inf came up.
             RequestTimeoutError, EngineBusyError, EngineClosedError, KvMemoryError, PromptError, ConfigurationError
         """
-        return _wait_context(self, lambda deliver: self._thinking(prompt, steps, context, options, deliver))
+        build = self._requests.thinking
+        return wait_for_context(
+            self._runtime.scheduler, lambda deliver: build(prompt, steps, context, options, deliver)
+        )
 
     def generate(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
@@ -180,23 +191,8 @@ class LatentEngine:
         Raises:
             As `think`; what can be checked before work starts is raised at once, not at the first chunk.
         """
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        sequence = self._answering(prompt, context, options, events.put)
-        scheduler = self._runtime.scheduler
-        scheduler.submit(sequence)
-
-        def chunks() -> Iterator[Chunk]:
-            try:
-                while True:
-                    chunk = _checked(events.get())
-                    assert isinstance(chunk, Chunk)
-                    yield chunk
-                    if chunk.generation is not None:
-                        return
-            finally:
-                scheduler.cancel(sequence)
-
-        return _ClosingIterator(chunks(), lambda: scheduler.cancel(sequence))
+        build = self._requests.answering
+        return ChunkStream(self._runtime.scheduler, lambda deliver: build(prompt, context, options, deliver))
 
     def replay(self, context: Context) -> Context:
         """The same context with its KV-cache rebuilt (or found again): one prefill of its lineage.
@@ -204,7 +200,7 @@ class LatentEngine:
         Raises:
             As `think`.
         """
-        return _wait_context(self, lambda deliver: self._replaying(context, deliver))
+        return wait_for_context(self._runtime.scheduler, lambda deliver: self._requests.replaying(context, deliver))
 
     def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """The context a handle stands for.
@@ -219,49 +215,42 @@ class LatentEngine:
             FingerprintMismatchError: It belongs to another model or dtype.
         """
         context = self.store.get(handle, scope=scope)
-        self._check_model(context)
+        self._requests.check_model(context)
         return context
 
     async def athink(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
     ) -> Context:
         """Asynchronous `think`; cancelling the task frees the sequence."""
-        return await _await_context(self, lambda deliver: self._thinking(prompt, steps, context, options, deliver))
+        build = self._requests.thinking
+        scheduler = await asyncio.to_thread(self._started)
+        return await await_context(scheduler, lambda deliver: build(prompt, steps, context, options, deliver))
 
     async def agenerate(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
     ) -> Generation:
         """Asynchronous `generate`; cancelling the task frees the sequence."""
-        chunks = self.astream(prompt, context=context, **options)
-        try:
+        async with aclosing(self.astream(prompt, context=context, **options)) as chunks:
             async for chunk in chunks:
                 if chunk.generation is not None:
                     return chunk.generation
-        finally:
-            await chunks.aclose()
         raise AssertionError("a stream ends with its generation")
 
     async def astream(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ):
+    ) -> AsyncGenerator[Chunk, None]:
         """Asynchronous `stream`; leaving the iterator frees the sequence."""
-        events = _AsyncEvents()
-        sequence = await asyncio.to_thread(self._answering, prompt, context, options, events.put)
-        scheduler = self._runtime.scheduler
-        scheduler.submit(sequence)
-        try:
-            while True:
-                chunk = _checked(await events.get())
-                assert isinstance(chunk, Chunk)
+        build = self._requests.answering
+        scheduler = await asyncio.to_thread(self._started)
+        stream = stream_chunks(scheduler, lambda deliver: build(prompt, context, options, deliver))
+        async with aclosing(stream):
+            async for chunk in stream:
                 yield chunk
-                if chunk.generation is not None:
-                    return
-        finally:
-            scheduler.cancel(sequence)
 
     async def areplay(self, context: Context) -> Context:
         """Asynchronous `replay`."""
-        return await _await_context(self, lambda deliver: self._replaying(context, deliver))
+        scheduler = await asyncio.to_thread(self._started)
+        return await await_context(scheduler, lambda deliver: self._requests.replaying(context, deliver))
 
     async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """Asynchronous `resolve`."""
@@ -277,181 +266,6 @@ class LatentEngine:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _thinking(
-        self,
-        prompt: Prompt,
-        steps: int,
-        context: Context | None,
-        options: ThinkOptions,
-        deliver: Callable[[Event], None],
-    ) -> Sequence:
-        if unknown := sorted(set(options) - _THINK_OPTIONS):
-            known = ", ".join(ThinkOptions.__annotations__)
-            raise ConfigurationError(f"Unknown option {unknown[0]!r}; known options: {known}.")
-        runtime = self._runtime
-        shared = ("timeout", "source")
-        recipe = runtime.latent_step.recipe(steps, **{k: v for k, v in options.items() if k not in shared})
-        if steps > DEGENERATE_STEPS:
-            warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
-        plan = self._plan(prompt, context)
-        self._check_window(plan, recipe.steps)
-        request = self._request(plan, options.get("timeout"), options.get("source"), deliver)
-        return Thinking(request, recipe, _looks_at_logits(runtime, recipe))
-
-    def _answering(
-        self, prompt: Prompt, context: Context | None, options: GenerateOptions, deliver: Callable[[Event], None]
-    ) -> Sequence:
-        runtime = self._runtime
-        vocabulary = runtime.loaded.vocabulary
-        stop_ids = runtime.renderer.stop_ids
-        params = SamplingParams.from_options(options, vocab_limit=vocabulary.size, eos_token_ids=stop_ids)
-        plan = self._plan(prompt, context)
-        max_tokens = params.token_budget(runtime.window - len(plan))
-        self._check_window(plan, max(1, max_tokens))
-        request = self._request(plan, options.get("timeout"), options.get("source"), deliver)
-        base_ids = plan.base.token_ids() if plan.base is not None else ()
-        sampler = RowSampler(params, (*base_ids, *plan.token_ids))
-        text = TextStream(runtime.tokenizer, params.stop)
-        return Answering(request, max_tokens, sampler, text, frozenset(params.stop_token_ids))
-
-    def _replaying(self, context: Context, deliver: Callable[[Event], None]) -> Sequence:
-        self._check_model(context)
-        plan = PromptPlan(base=context, token_ids=(), relation="continuation")
-        return Replaying(self._request(plan, None, None, deliver))
-
-    def _plan(self, prompt: Prompt, context: Context | None) -> PromptPlan:
-        plan = self._runtime.renderer.plan(prompt, context)
-        for used in (plan.base, plan.reuse):
-            if used is not None:
-                self._check_model(used)
-        return plan
-
-    def _request(
-        self, plan: PromptPlan, timeout: float | None, source: str | None, deliver: Callable[[Event], None]
-    ) -> Request:
-        if timeout is not None and timeout <= 0:
-            raise ConfigurationError(f"timeout must be positive, not {timeout}.")
-        loaded = self._runtime.loaded
-        return Request(
-            model=(loaded.fingerprint, loaded.dtype_name),
-            base=plan.base,
-            prompt_ids=plan.token_ids,
-            relation=plan.relation,
-            notes=plan.notes,
-            prefix=plan.reuse,
-            host_kv=self._stored_kv(plan.base or plan.reuse),
-            deliver=deliver,
-            source=source or "",
-            deadline=time.monotonic() + timeout if timeout is not None else None,
-        )
-
-    def _stored_kv(self, context: Context | None) -> HostKv | None:
-        """The KV-cache of a context that is not in the pool, if its store has it."""
-        if context is None:
-            return None
-        kv = context.kv
-        if kv is None and (handle := context.handle) is not None:
-            try:
-                kv = self.store.get(handle).kv
-            except StoreError:
-                return None
-        return kv if isinstance(kv, HostKv) else None
-
-    def _check_model(self, context: Context) -> None:
-        loaded = self._runtime.loaded
-        if context.fingerprint != loaded.fingerprint:
-            raise FingerprintMismatchError(
-                f"The context was made by model {context.fingerprint[:16]}, this engine runs {loaded.fingerprint[:16]} "
-                f"({self.model_path}). Use the engine that made it, or hand its text over."
-            )
-        if context.dtype != loaded.dtype_name:
-            raise FingerprintMismatchError(
-                f"The context was made in {context.dtype}, this engine runs {loaded.dtype_name}; give both one dtype."
-            )
-
-    def _check_window(self, plan: PromptPlan, requested: int) -> None:
-        window = self._runtime.window
-        if len(plan) + requested > window:
-            context = len(plan.base) if plan.base is not None else 0
-            raise ContextWindowError(
-                window=window, context=context, prompt=len(plan.token_ids), requested=requested
-            )
-
-
-def _looks_at_logits(runtime: ModelRuntime, recipe: LatentRecipe) -> bool:
-    """Whether every step needs logits: for f, for a stopping rule, or for the readout of a run that may end early."""
-    return runtime.latent_step.needs_logits(recipe) or recipe.stop_cosine is not None
-
-
-def _checked(event: Event) -> Chunk | Context:
-    if isinstance(event, BaseException):
-        raise event
-    return event
-
-
-def _wait_context(engine: LatentEngine, make: Callable[[Callable[[Event], None]], Sequence]) -> Context:
-    """Submit, and wait for the one event."""
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    sequence = make(events.put)
-    scheduler = engine._runtime.scheduler
-    scheduler.submit(sequence)
-    try:
-        context = _checked(events.get())
-    except AvpError:
-        raise
-    except BaseException:
-        scheduler.cancel(sequence)
-        raise
-    assert isinstance(context, Context)
-    return context
-
-
-async def _await_context(engine: LatentEngine, make: Callable[[Callable[[Event], None]], Sequence]) -> Context:
-    """`_wait_context` without blocking the loop."""
-    events = _AsyncEvents()
-    sequence = await asyncio.to_thread(make, events.put)
-    scheduler = engine._runtime.scheduler
-    scheduler.submit(sequence)
-    try:
-        context = _checked(await events.get())
-    except asyncio.CancelledError:
-        scheduler.cancel(sequence)
-        raise
-    assert isinstance(context, Context)
-    return context
-
-
-class _AsyncEvents:
-    """A queue that the scheduler's thread fills and an event loop reads."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-
-    def put(self, event: Event) -> None:
-        """Called from the scheduler's thread; a loop that was closed no longer listens."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-    async def get(self) -> Event:
-        """The next event."""
-        return await self._queue.get()
-
-
-class _ClosingIterator(Iterator[Chunk]):
-    """Ends the request also when the caller drops the iterator before its first chunk."""
-
-    def __init__(self, chunks: Iterator[Chunk], cancel: Callable[[], None]) -> None:
-        self._chunks = chunks
-        self._finalizer = weakref.finalize(self, cancel)
-        self._finalizer.atexit = False
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """End the request."""
-        self._finalizer()
-
-
-__all__ = ["AsyncIterator", "LatentEngine"]
+    def _started(self) -> Scheduler:
+        """The scheduler; the first call loads the weights."""
+        return self._runtime.scheduler

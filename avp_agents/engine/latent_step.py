@@ -176,7 +176,7 @@ class LatentStep:
 
     @cached_property
     def ridge_map(self) -> torch.Tensor:
-        """A, ``[hidden, hidden]`` float32 on the head's device; solved in float64, read from its file if there is one."""
+        """A, ``[hidden, hidden]`` float32 on the head's device; solved in float64, kept in the cache file."""
         head = self._vocabulary.head
         if head is None:
             raise UnsupportedModelError("This model's head is not a plain matrix; use method='soft' or 'rescale'.")

@@ -172,7 +172,7 @@ def load_model(
         model.load_adapter(adapter)
     if device_map is None and not getattr(model, "is_quantized", False):
         model = model.to(target)
-    return _prepare(model.eval(), tokenizer)
+    return prepare(model.eval(), tokenizer)
 
 
 def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> TokenizerFiles:
@@ -188,15 +188,21 @@ def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> TokenizerFi
         config = AutoConfig.from_pretrained(name_or_path, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, name_or_path) from error
-    return TokenizerFiles(tokenizer, _window(config, name_or_path), _eos_ids(name_or_path, tokenizer, hub))
+    return TokenizerFiles(tokenizer, window(config, name_or_path), eos_ids(_declared_eos(name_or_path, hub), tokenizer))
 
 
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Fingerprint a placed model, pack its weights where that pays, and see what its layers store.
+
+    Raises:
+        UnsupportedModelError: The architecture cannot be represented exactly.
+    """
     model.requires_grad_(False)
     fingerprint = model_fingerprint(model, tokenizer)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     table = embedding.weight
+    assert isinstance(table, torch.Tensor)
     head_weight = head.weight if type(head) is nn.Linear else None
     vocabulary = Vocabulary(
         embed=embedding,
@@ -327,25 +333,34 @@ def _refuse_encoder_decoder(config: Any, name: str) -> None:
 def _explain(error: Exception, name: str) -> AvpError:
     if "Unrecognized configuration class" in str(error):
         return UnsupportedModelError(f"{name} is not a causal language model: {str(error).splitlines()[0]}")
-    return ModelNotFoundError(f"Cannot load {name!r}: {str(error).splitlines()[0]} Check the name, the folder or the network.")
+    return ModelNotFoundError(
+        f"Cannot load {name!r}: {str(error).splitlines()[0]} Check the name, the folder or the network."
+    )
 
 
-def _window(config: Any, name: str) -> int:
+def window(config: Any, name: str) -> int:
+    """Positions a model supports.
+
+    Raises:
+        UnsupportedModelError: Its configuration does not say.
+    """
     config = config.get_text_config()
-    window = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if window is None:
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is None:
         raise UnsupportedModelError(f"{name}: the configuration does not say how many positions the model supports.")
-    return int(window)
+    return int(positions)
 
 
-def _eos_ids(name: str, tokenizer: PreTrainedTokenizerBase, hub: Mapping[str, Any]) -> frozenset[int]:
-    """What the generation config declares; where there is none, the tokenizer's own."""
-    files = {key: value for key, value in hub.items() if key != "gguf_file"}
-    try:
-        declared = GenerationConfig.from_pretrained(name, **files).eos_token_id
-    except OSError:
-        declared = None
-    if declared is None:
-        declared = tokenizer.eos_token_id
+def eos_ids(declared: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a sequence: as declared by a generation config, else the tokenizer's own."""
+    declared = tokenizer.eos_token_id if declared is None else declared
     ids = declared if isinstance(declared, list | tuple) else [declared]
     return frozenset(int(i) for i in ids if i is not None)
+
+
+def _declared_eos(name: str, hub: Mapping[str, Any]) -> Any:
+    files = {key: value for key, value in hub.items() if key != "gguf_file"}
+    try:
+        return GenerationConfig.from_pretrained(name, **files).eos_token_id
+    except OSError:
+        return None

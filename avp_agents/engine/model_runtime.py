@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from platformdirs import user_cache_path
 from avp_agents.engine.captured_step import CapturedStep
 from avp_agents.engine.kv_pool import KvPool, PooledKv
 from avp_agents.engine.latent_step import LatentStep
-from avp_agents.engine.loading import LoadedModel, TokenizerFiles, load_model, load_tokenizer
+from avp_agents.engine.loading import LoadedModel, TokenizerFiles
+from avp_agents.engine.model_source import ModelSource
 from avp_agents.engine.probe import verify_exactness
 from avp_agents.engine.prompt import PromptRenderer
 from avp_agents.engine.runner import Runner
@@ -40,29 +41,29 @@ PREFILL_BUDGET = 512
 class EngineSettings:
     """Options of `LatentEngine.from_pretrained`."""
 
-    device: str | None
-    dtype: str | None
-    batch_invariant: bool
-    kv_pool_bytes: int | None
-    max_batch: int
-    max_queue: int
-    capture_steps: bool | None
-    adapters: tuple[str, ...]
-    chat_template_kwargs: Mapping[str, Any]
-    model_options: Mapping[str, Any]
+    batch_invariant: bool = False
+    kv_pool_bytes: int | None = None
+    max_batch: int = 16
+    max_queue: int = 256
+    capture_steps: bool | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 1 or self.max_queue < 1:
+            raise ConfigurationError("max_batch and max_queue must be at least 1.")
 
 
 class ModelRuntime:
     """One model and what runs it. Thread-safe.
 
     Args:
-        name_or_path: Hub name or folder.
+        source: Where tokenizer and weights come from.
         settings: See `LatentEngine.from_pretrained`.
         store: Takes the KV-caches that the pool evicts.
     """
 
-    def __init__(self, name_or_path: str, settings: EngineSettings, store: ContextStore) -> None:
-        self._name, self._settings, self._store = name_or_path, settings, store
+    def __init__(self, source: ModelSource, settings: EngineSettings, store: ContextStore) -> None:
+        self._source, self._settings, self._store = source, settings, store
         self._lock = threading.RLock()
         self._scheduler: Scheduler | None = None
         self._closed = False
@@ -71,7 +72,7 @@ class ModelRuntime:
     @cached_property
     def _tokenizer_files(self) -> TokenizerFiles:
         with self._lock:
-            return load_tokenizer(self._name, self._settings.model_options)
+            return self._source.tokenizer_files()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -129,10 +130,7 @@ class ModelRuntime:
 
     def _start(self) -> Scheduler:
         settings = self._settings
-        self._loaded = loaded = load_model(
-            self._name, self._tokenizer_files.tokenizer, settings.device, settings.dtype, settings.adapters,
-            settings.model_options,
-        )  # fmt: skip
+        self._loaded = loaded = self._source.load(self.tokenizer)
         self._latent_step = LatentStep(loaded.vocabulary, _ridge_file(loaded))
         pool = KvPool(loaded.shapes, self._pool_positions(loaded), self._offload)
         verify_exactness(loaded, pool)
@@ -142,7 +140,7 @@ class ModelRuntime:
             pool,
             self._latent_step,
             vocab_limit=loaded.vocabulary.size,
-            token_text=loaded.tokenizer.decode,
+            token_text=lambda token: str(loaded.tokenizer.decode([token])),
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             prefill_budget=PREFILL_BUDGET,

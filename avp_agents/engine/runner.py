@@ -101,9 +101,7 @@ class Runner:
         total = sum(piece.count for piece in pieces)
         if self._captured is not None and total == len(pieces):
             hidden, logits = self._captured(self._embeddings(pieces, total), pieces)
-            return [
-                PieceOutput(hidden[i], logits[i] if piece.wants_logits else None) for i, piece in enumerate(pieces)
-            ]
+            return [PieceOutput(hidden[i], logits[i] if piece.wants_logits else None) for i, piece in enumerate(pieces)]
         size = self._padded_size(total, len(pieces))
         layout, positions = self._layout(pieces, size)
         self._cache.place(layout.slots)

@@ -120,7 +120,7 @@ class Scheduler:
             self._wake.notify()
 
     def cancel(self, sequence: Sequence) -> None:
-        """Let a sequence end at the next step."""
+        """Let a sequence end at the next step; one that has ended already is left alone."""
         sequence.request.cancelled = True
         with self._wake:
             self._wake.notify()
@@ -313,4 +313,3 @@ class Scheduler:
                 self._running.remove(sequence)
             else:
                 self._queue.remove(sequence)
-

@@ -1,9 +1,9 @@
 """One request on its way through the scheduler: what it feeds the model next, and what it makes of the answer.
 
-    Sequence          prefills a lineage that is partly in the pool already
-    ├── Replaying     ... and is done: a KV-cache was rebuilt
-    ├── Thinking      ... then runs latent steps
-    └── Answering     ... then decodes tokens
+Sequence          prefills a lineage that is partly in the pool already
+├── Replaying     ... and is done: a KV-cache was rebuilt
+├── Thinking      ... then runs latent steps
+└── Answering     ... then decodes tokens
 """
 
 from __future__ import annotations

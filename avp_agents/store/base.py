@@ -90,6 +90,17 @@ class ContextStore(ABC):
         """The handle id this store gives to `context` in `scope`, stored or not."""
         return self.namespace.handle_id(context.recipe_id, scope)
 
+    def new_handle(self, context: Context, *, scope: str = "", agent: str = "", text: str = "") -> ContextHandle:
+        """The handle that a first `put` gives to `context`."""
+        return ContextHandle(
+            id=self.id_of(context, scope=scope),
+            model=context.fingerprint[:16],
+            tokens=len(context),
+            bytes=context.nbytes,
+            agent=agent,
+            text=text,
+        )
+
     @abstractmethod
     def put(
         self,
@@ -136,8 +147,27 @@ class ContextStore(ABC):
         """Whether `get` would find the lineage."""
 
     @abstractmethod
+    def touch(self, handle: AnyHandle) -> bool:
+        """Count as a use, for TTL and eviction, without reading anything. False if it is not there."""
+
+    @abstractmethod
     def delete(self, handle: AnyHandle) -> bool:
         """Remove a handle, and every segment that nothing else uses. False if it was not there."""
+
+    @abstractmethod
+    def add_kv(self, context: Context) -> bool:
+        """Keep the KV-cache of a context that was put before, under the handle noted on it. Brings nothing else back.
+
+        Args:
+            context: With a KV-cache attached. It is not kept where the store holds other latent values of the same
+                recipe, or where nothing may be evicted to make room.
+
+        Returns:
+            Whether the handle is still there.
+
+        Raises:
+            NotStoredError: The context was never put.
+        """
 
     @abstractmethod
     def drop_kv(self, handle: AnyHandle) -> int:
@@ -191,9 +221,17 @@ class ContextStore(ABC):
         """Asynchronous `contains`."""
         return await asyncio.to_thread(self.contains, handle)
 
+    async def atouch(self, handle: AnyHandle) -> bool:
+        """Asynchronous `touch`."""
+        return await asyncio.to_thread(self.touch, handle)
+
     async def adelete(self, handle: AnyHandle) -> bool:
         """Asynchronous `delete`."""
         return await asyncio.to_thread(self.delete, handle)
+
+    async def aadd_kv(self, context: Context) -> bool:
+        """Asynchronous `add_kv`."""
+        return await asyncio.to_thread(self.add_kv, context)
 
     async def adrop_kv(self, handle: AnyHandle) -> int:
         """Asynchronous `drop_kv`."""

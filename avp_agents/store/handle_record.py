@@ -15,7 +15,6 @@ from avp_agents.errors import IntegrityError
 from avp_agents.store.namespace import MAC_BYTES, Namespace
 
 VERSION = 1
-MAX_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -26,17 +25,18 @@ class HandleRecord:
         handle: As it was first returned.
         recipe_id: The recipe of the context it stands for.
         ttl: Seconds after its last use; None where the store's own applies.
+        stored: When it was put, in seconds since the epoch.
     """
 
     handle: ContextHandle
     recipe_id: str
     ttl: float | None
+    stored: float
 
 
 def encode_handle(record: HandleRecord, namespace: Namespace) -> bytes:
     """msgpack and a MAC."""
-    fields = {"version": VERSION, "handle": asdict(record.handle), "recipe_id": record.recipe_id, "ttl": record.ttl}
-    content = msgpack.packb(fields)
+    content = msgpack.packb({"version": VERSION, **asdict(record)})
     return content + _mac(content, record.handle.id, namespace)
 
 
@@ -52,7 +52,7 @@ def decode_handle(data: bytes, handle_id: str, namespace: Namespace) -> HandleRe
     fields = msgpack.unpackb(content)
     if fields["version"] != VERSION:
         raise IntegrityError(f"record version {fields['version']} is unknown to this release")
-    return HandleRecord(ContextHandle(**fields["handle"]), fields["recipe_id"], fields["ttl"])
+    return HandleRecord(ContextHandle(**fields["handle"]), fields["recipe_id"], fields["ttl"], fields["stored"])
 
 
 def _mac(content: bytes, handle_id: str, namespace: Namespace) -> bytes:

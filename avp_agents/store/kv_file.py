@@ -33,6 +33,9 @@ _ALIGNMENT = 64
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _TORCH_NAMES = {code: name for name, code in _DTYPES.items()}
 
+Signature = tuple[int, int, int]
+"""Inode, size and time of writing of a file."""
+
 
 @dataclass(frozen=True)
 class KvPart:
@@ -74,14 +77,19 @@ def write_kv(file: BinaryIO, part: KvPart, segment_id: str, namespace: Namespace
     file.write(mac.hexdigest().encode())
 
 
-def read_kv(path: Path, segment_id: str, namespace: Namespace, *, trusted: os.stat_result | None) -> KvPart:
+def read_kv(
+    path: Path, segment_id: str, namespace: Namespace, *, trusted: Signature | None
+) -> tuple[KvPart, Signature]:
     """Map a part into memory. It stays readable after the file was removed or replaced.
 
     Args:
         path: The file.
         segment_id: Whose part it must be.
         namespace: Whose key its MAC must be made with.
-        trusted: Status of a file whose MAC this process has checked; the same file is not read through again.
+        trusted: Signature of a file whose MAC this process has checked; the same file is not read through again.
+
+    Returns:
+        The part, and the signature of the file it is mapped from.
 
     Raises:
         FileNotFoundError: There is none.
@@ -97,13 +105,14 @@ def read_kv(path: Path, segment_id: str, namespace: Namespace, *, trusted: os.st
     start = _LENGTH_BYTES + header_length
     if start > status.st_size or mapped[_LENGTH_BYTES:_MAC_OFFSET] != _HEAD:
         raise IntegrityError("not a KV file")
-    if trusted is None or signature(trusted) != signature(status):
+    found = signature(status)
+    if found != trusted:
         _check_mac(mapped, segment_id, namespace)
-    return _parse(json.loads(mapped[_LENGTH_BYTES:start]), mapped, start)
+    return _parse(json.loads(mapped[_LENGTH_BYTES:start]), mapped, start), found
 
 
-def signature(status: os.stat_result) -> tuple[int, int, int]:
-    """What tells a file from its replacement: inode, size and time of writing."""
+def signature(status: os.stat_result) -> Signature:
+    """What tells a file from its replacement."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -15,14 +15,11 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import platformdirs
 
 from avp_agents.errors import ConfigurationError, NamespaceKeyError
-
-if TYPE_CHECKING:
-    from hashlib import _BlakeHash
 
 KEY_VARIABLE = "AVP_STORE_KEY"
 MAC_BYTES = 32
@@ -80,12 +77,12 @@ class Namespace:
         """The 32 hex digits that name the record of a recipe's last segment."""
         return _keyed(self.key, b"avp-segment", recipe_id.encode()).hexdigest()[:32]
 
-    def mac(self, label: str) -> _BlakeHash:
+    def mac(self, label: str) -> hashlib.blake2b:
         """A running MAC for the record called `label`; feed it the content, its digest has `MAC_BYTES` bytes."""
         return _keyed(self.key, b"avp-mac", label.encode())
 
 
-def _keyed(key: bytes, purpose: bytes, *parts: bytes) -> _BlakeHash:
+def _keyed(key: bytes, purpose: bytes, *parts: bytes) -> hashlib.blake2b:
     """A hash keyed for one purpose, fed with parts that cannot run into each other."""
     derived = hashlib.blake2b(key, digest_size=64, person=purpose).digest()
     digest = hashlib.blake2b(key=derived, digest_size=MAC_BYTES, person=purpose)

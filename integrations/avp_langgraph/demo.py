@@ -93,8 +93,8 @@ def _agent_run(name: str, seconds: float, message: AIMessage, received: AIMessag
     return AgentRun(
         agent=name,
         seconds=seconds,
-        latent_steps=usage.get("output_token_details", {}).get("reasoning", 0),
-        tokens_decoded=usage["output_tokens"],
+        latent_steps=made["latent_steps"],
+        tokens_decoded=made["tokens_decoded"],
         positions_reused=usage.get("input_token_details", {}).get("cache_read", 0),
         bytes_handed_over=made["bytes"] + _bytes_in_state(received),
         mode=made["mode"] if received is None or HANDLE_KEY in received.response_metadata else "text",

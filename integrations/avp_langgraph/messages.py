@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast, get_args
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
-from avp_agents.context import ContextHandle, LatentRecipe
-from avp_agents.errors import InvalidHandleError, PromptError
+from avp_agents.context import LatentMethod, LatentRecipe
+from avp_agents.errors import PromptError
 
 HANDLE_KEY = "avp_context"
 """Where a handle rides on a message: ``message.response_metadata["avp_context"]``."""
 
 METADATA_KEY = "avp"
 """Where a message says how it was made: ``message.response_metadata["avp"]``."""
+
+THINK_KEY = "think"
+"""Where that says, for a message that stands for latent steps, how those were made (a `LatentRecipe`'s fields)."""
 
 _ROLES: dict[type[BaseMessage], str] = {
     SystemMessage: "system",
@@ -30,41 +33,43 @@ class Turn:
     """One message, read.
 
     Attributes:
-        role, content: As the chat template takes them.
-        handle: The context that the message stands for, if it claims one. Untrusted: state can be edited.
-        recipe: How the latent steps were made that `content` describes; None where `content` is an answer.
+        message: What the engine renders when no context stands for this turn: ``role``, ``content``, ...
+        handle: The handle of the context that the message claims to stand for; None where it claims none. Untrusted,
+            like the recipe: graph state can be edited.
+        is_thought: The content is a line for people that tells of latent steps; it is never rendered to a model.
+        recipe: How those steps were made; None where that is not known.
     """
 
-    role: str
-    content: str
-    handle: ContextHandle | None = None
-    recipe: LatentRecipe | None = None
-
-    def as_message(self) -> dict[str, Any]:
-        """What the engine renders when no context stands for this turn."""
-        return {"role": self.role, "content": self.content}
+    message: Mapping[str, Any]
+    handle: object = None
+    is_thought: bool = False
+    recipe: LatentRecipe | None = field(default=None, compare=False)
 
 
 def read_messages(messages: Sequence[BaseMessage]) -> list[Turn]:
     """All messages as turns, in order.
 
     Raises:
-        PromptError: There is none, one has media or tool calls as content, or a kind that no chat template knows.
+        PromptError: A message has content other than text, or is of a kind that no chat template knows.
     """
-    if not messages:
-        raise PromptError("There are no messages to answer. Pass at least one.")
     return [_read(message) for message in messages]
 
 
 def _read(message: BaseMessage) -> Turn:
-    role = _role(message)
-    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
-        raise PromptError("A message holds tool calls, which this model cannot read. Send their results as text.")
-    turn = Turn(role, _text(message))
-    if role != "assistant" or HANDLE_KEY not in message.response_metadata:
-        return turn
-    recipe = _recipe(message.response_metadata.get(METADATA_KEY))
-    return Turn(role, turn.content, _handle(message.response_metadata[HANDLE_KEY]), recipe)
+    chat_message: dict[str, Any] = {"role": _role(message), "content": _text(message)}
+    if message.name:
+        chat_message["name"] = message.name
+    if isinstance(message, ToolMessage):
+        chat_message["tool_call_id"] = message.tool_call_id
+    if not isinstance(message, AIMessage):
+        return Turn(chat_message)
+    if calls := _tool_calls(message):
+        chat_message["tool_calls"] = calls
+    handle = message.response_metadata.get(HANDLE_KEY)
+    made = message.response_metadata.get(METADATA_KEY)
+    if isinstance(made, Mapping) and THINK_KEY in made:
+        return Turn(chat_message, handle, is_thought=True, recipe=_read_recipe(made[THINK_KEY]))
+    return Turn(chat_message, handle)
 
 
 def _role(message: BaseMessage) -> str:
@@ -73,7 +78,7 @@ def _role(message: BaseMessage) -> str:
     for kind, role in _ROLES.items():
         if isinstance(message, kind):
             return role
-    raise PromptError(f"A {type(message).__name__} is not a message that a chat template can render.")
+    raise PromptError(f"A {type(message).__name__} cannot be rendered: no chat template knows its kind.")
 
 
 def _text(message: BaseMessage) -> str:
@@ -91,4 +96,41 @@ def _block_text(block: str | Mapping[str, Any]) -> str:
     raise PromptError(
         f"Content of type {block.get('type')!r} cannot be given to this model: it reads text only. "
         "Remove the block, or describe it in text."
+    )
+
+
+def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
+    """The message's tool calls as chat templates take them."""
+    return [
+        {"type": "function", "id": call.get("id"), "function": {"name": call["name"], "arguments": call["args"]}}
+        for call in (*message.tool_calls, *message.invalid_tool_calls)
+    ]
+
+
+def _read_recipe(data: object) -> LatentRecipe | None:
+    """A recipe out of a message's metadata, None if it is not well formed."""
+    if not isinstance(data, Mapping):
+        return None
+    values = cast("Mapping[str, Any]", data)
+    method, k, steps, renormalise = (values.get(name) for name in ("method", "k", "steps", "renormalise"))
+    temperature, cosine, entropy = (values.get(name) for name in ("temperature", "stop_cosine", "stop_entropy"))
+    well_formed = (
+        method in get_args(LatentMethod)
+        and type(steps) is int
+        and steps >= 1
+        and type(renormalise) is bool
+        and (k is None or type(k) is int)
+        and isinstance(temperature, int | float)
+        and all(stop is None or isinstance(stop, int | float) for stop in (cosine, entropy))
+    )
+    if not well_formed:
+        return None
+    return LatentRecipe(
+        method=cast("LatentMethod", method),
+        k=k,
+        temperature=float(cast("float", temperature)),
+        renormalise=cast("bool", renormalise),
+        steps=cast("int", steps),
+        stop_cosine=cosine,
+        stop_entropy=entropy,
     )

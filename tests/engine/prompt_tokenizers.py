@@ -26,16 +26,20 @@ CHATML = (
 )
 """Any role, at any place; a default system block; tool calls are dropped (SmolLM2)."""
 
-CHATML_WITH_TOOLS = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a default.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}{% if message.role == 'tool' %}"
-    "{{ '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}"
-    "{% elif message.tool_calls %}{{ '<|im_start|>assistant' }}{% if message.content %}{{ '\n' + message.content }}"
-    '{% endif %}{% for call in message.tool_calls %}{{ \'\n<tool_call>\n{"name": "\' + call.function.name + '
-    "'\", \"arguments\": ' }}{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
-    "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML_WITH_TOOLS = """\
+{% if messages[0].role != 'system' %}<|im_start|>system
+You are a default.<|im_end|>
+{% endif %}{% for message in messages %}{% if message.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ message.content }}
+</tool_response><|im_end|>
+{% elif message.tool_calls %}<|im_start|>assistant
+{% if message.content %}{{ message.content + '\n' }}{% endif %}{% for call in message.tool_calls %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 """Tool calls and results have a form of their own (Qwen2.5)."""
 
 LLAMA_3 = (
@@ -50,8 +54,9 @@ GEMMA = (
     "{% if message.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' + message.content | trim }}"
-    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\n' }}"
+    "{{ message.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 """No system role, strict alternation."""
 
@@ -189,5 +194,14 @@ def load_renderers(smollm2: Path) -> dict[str, PromptRenderer]:
 def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
     """What transformers makes of the messages."""
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert isinstance(ids, list)
-    return ids
+    return [int(str(id_)) for id_ in ids]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The ids as text, special tokens included."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def id_of(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token."""
+    return tokenizer.get_vocab()[token]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from prompt_tokenizers import chatml, llama_3, mistral
+from prompt_tokenizers import chatml, llama_3, mistral, text_of
 from transformers import PreTrainedTokenizerFast
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
@@ -34,7 +34,7 @@ class Agents:
         return self.renderer.plan(messages, context)
 
     def text(self, plan: PromptPlan) -> str:
-        return str(self.tokenizer.decode(plan.token_ids))
+        return text_of(self.tokenizer, plan.token_ids)
 
     def think(self, messages: Messages, context: Context | None = None, steps: int = 2) -> Context:
         """Latent steps behind the prompt; the number of steps tells two thoughts apart."""

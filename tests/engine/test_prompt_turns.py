@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from prompt_tokenizers import CHATML_WITH_TOOLS, PLAIN, byte_tokenizer, chatml, deepseek, gemma, llama_3, mistral
+from prompt_tokenizers import (
+    CHATML_WITH_TOOLS,
+    PLAIN,
+    byte_tokenizer,
+    chatml,
+    deepseek,
+    gemma,
+    id_of,
+    llama_3,
+    mistral,
+    text_of,
+)
 from transformers import PreTrainedTokenizerFast
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
@@ -40,9 +51,7 @@ def planned(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], context: Context | None = None
 ) -> tuple[str, PromptPlan]:
     plan = PromptRenderer(tokenizer).plan(messages, context)
-    text = tokenizer.decode(plan.token_ids)
-    assert isinstance(text, str)
-    return text, plan
+    return text_of(tokenizer, plan.token_ids), plan
 
 
 class TestSystemMessages:
@@ -54,7 +63,8 @@ class TestSystemMessages:
     def test_an_appended_system_turn_stays_one_where_the_template_takes_it(self):
         text, plan = planned(chatml(), [system("Be brief."), user("Hi")], CONTEXT)
         assert text == (
-            "<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n"
         )
         assert plan.notes == ()
 
@@ -145,8 +155,8 @@ class TestTools:
     def test_a_template_that_drops_tool_calls(self):
         text, plan = planned(chatml(), [system("s"), *self.MESSAGES])
         assert text == (
-            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n<|im_start|>assistant\nLet me look.\n"
-            '{"name": "weather", "arguments": {"city": "Zürich"}}<|im_end|>\n'
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n"
+            '<|im_start|>assistant\nLet me look.\n{"name": "weather", "arguments": {"city": "Zürich"}}<|im_end|>\n'
             "<|im_start|>user\nResult of weather:\nSunny<|im_end|>\n<|im_start|>assistant\n"
         )
         assert plan.notes == ("tool calls rendered as assistant text", "tool message rendered as user text")
@@ -189,8 +199,8 @@ class TestTemplatesThatCannotRender:
     def test_a_template_that_takes_no_answers_renders_prompts_but_appends_nothing(self):
         tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", eos="<e>")
         renderer = PromptRenderer(tokenizer)
-        assert tokenizer.decode(renderer.render("Hi")) == "Hi"
-        assert renderer.stop_ids == {tokenizer.eos_token_id}
+        assert text_of(tokenizer, renderer.render("Hi")) == "Hi"
+        assert renderer.stop_ids == {id_of(tokenizer, "<e>")}
         with pytest.raises(PromptError, match="does not render an assistant message exactly once"):
             renderer.plan("Hi", CONTEXT)
 
@@ -202,5 +212,5 @@ class TestTemplatesWithoutControlTokens:
 
     def test_an_end_of_sequence_is_not_repeated_and_nothing_is_lost(self):
         tokenizer = byte_tokenizer(PLAIN, eos="</s>")
-        ended = Context("f" * 64, "float32", (TokenSegment((9, tokenizer.eos_token_id)),))
+        ended = Context("f" * 64, "float32", (TokenSegment((9, id_of(tokenizer, "</s>"))),))
         assert planned(tokenizer, [user("Hi")], ended)[0] == "\nUSER: Hi\nASSISTANT:"

@@ -1,0 +1,140 @@
+"""AvpChatModel: an open-weight model in this process that answers with text or thinks, and hands its context on.
+
+    researcher = AvpChatModel(mode="latent")          # thinks; its message stands for a context
+    solver = AvpChatModel()                           # answers on top of that context
+
+Every message it makes carries a handle in ``response_metadata["avp_context"]``; the tensors stay in the context store.
+A message with a handle stands for its context: it is not rendered, and what the context holds is not computed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, Self
+
+from avp_langgraph.answers import PROVIDER, shown_name
+from avp_langgraph.calls import Call, Mode
+from avp_langgraph.engines import shared_engine
+from avp_langgraph.exchange import achunks, chunks
+from avp_langgraph.handoffs import OnMissing
+from avp_langgraph.messages import read_messages
+from avp_langgraph.scope import ScopePolicy, current_scope
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models.chat_models import BaseChatModel, LangSmithParams, generate_from_stream
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.tools import BaseTool
+from pydantic import ConfigDict, Field, SkipValidation, model_validator
+
+from avp_agents.context import LatentMethod
+from avp_agents.engine.base import Engine
+from avp_agents.errors import ConfigurationError
+
+# What people leave in when they swap a hosted model for this one; it has no meaning here.
+_HOSTED_ONLY = frozenset({"api_key", "base_url", "max_retries"})
+
+
+class AvpChatModel(BaseChatModel):
+    """A chat model that runs in this process and can hand over what it thought instead of what it wrote.
+
+    No weights are loaded when it is made: the first call looks the engine up (`avp_langgraph.engines`), which models of
+    the same name and options share. Fields that are None leave the engine's default (see
+    `avp_agents.engine.base.GenerateOptions`). All fields but `engine`, `engine_options`, `namespace`, `scope` and
+    `streaming` can be overridden by a call: ``model.invoke(messages, temperature=0.7)``, ``model.bind(...)``.
+
+    Example:
+        >>> researcher = AvpChatModel(mode="latent", latent_steps=20)
+        >>> solver = AvpChatModel(max_tokens=128)
+        >>> question = HumanMessage("24 * 17 + 3?")
+        >>> solver.invoke([question, researcher.invoke([question])]).response_metadata["avp"]["mode"]
+        'kv'
+
+    Raises:
+        ConfigurationError: An option is unknown or contradicts another.
+        AvpContextOverflowError: A prompt does not fit the window. It is LangChain's `ContextOverflowError`, too.
+        AvpError: Whatever else the engine or its store raises.
+    """
+
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    model_name: str | None = Field(default=None, alias="model")
+    """Name or folder of a Hugging Face model; None is the embedded default model."""
+
+    mode: Mode = "text"
+    """``"text"`` decodes an answer. ``"latent"`` runs latent steps, decodes nothing, and answers with a short line for
+    people that stands for the context."""
+
+    latent_steps: int = 20
+    """Latent steps in latent mode; 10 to 20 are usual, more than 40 degrade."""
+
+    latent_method: LatentMethod | None = None
+    """``"soft"``, ``"ridge"`` or ``"rescale"``; by default what suits the model."""
+
+    latent_k: int | None = None
+    """Most likely tokens in the soft embedding."""
+
+    temperature: float | None = None
+    """0 is greedy."""
+
+    max_tokens: int | None = None
+    """Most tokens to decode."""
+
+    top_p: float | None = None
+    """Nucleus mass in (0, 1]."""
+
+    top_k: int | None = None
+    """Only so many most likely tokens; 0 is all."""
+
+    min_p: float | None = None
+    """Only tokens at least so many times as likely as the most likely one."""
+
+    repetition_penalty: float | None = None
+    """Penalty on ids that prompt and answer hold already; 1 is none."""
+
+    seed: int | None = None
+    """Seed of each request's own random stream."""
+
+    logprobs: int | None = None
+    """Return each token's log-probability and those of so many most likely ones, in the response's metadata."""
+
+    stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    """Strings that end the answer and are cut from it."""
+
+    timeout: float | None = None
+    """Seconds until `RequestTimeoutError`, waiting in the queue included."""
+
+    on_missing: OnMissing = "text"
+    """When a context is lost and neither its messages nor its text make up for it: ``"text"`` answers without it, with
+    a warning; ``"error"`` raises `ContextLostError`."""
+
+    namespace: str | None = None
+    """The tenant. Namespaces share no context, no KV-cache and no cached answer. None is the default one."""
+
+    scope: ScopePolicy = "thread"
+    """Where a handle is honoured: in the ``"thread"`` it was minted in, for its ``"user"``, or everywhere in the
+    namespace (``"open"``)."""
+
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """JSON data for ``LatentEngine.from_pretrained``, such as ``{"dtype": "bfloat16", "device": "cuda"}``."""
+
+    engine: SkipValidation[Engine | None] = Field(default=None, exclude=True, repr=False)
+    """An engine to use instead of a shared one. It is not serialised with the model."""
+
+    streaming: bool = False
+    """Whether `invoke` streams to callbacks as well."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        """A misspelt option would otherwise be ignored."""
+        if not isinstance(values, dict):
+            return values
+        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        for name in values.keys() - known - _HOSTED_ONLY:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigurationError(f"AvpChatModel has no option {name!r}.{hint}")
+        return values
