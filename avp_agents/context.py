@@ -379,7 +379,9 @@ class ContextHandle:
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not _HANDLE_ID.fullmatch(self.id):
-            raise InvalidHandleError(f"Not a context handle id: {str(self.id)[:60]!r} (expected 'avp:1:' + 32 hex digits).")
+            raise InvalidHandleError(
+                f"Not a context handle id: {str(self.id)[:60]!r} (expected 'avp:1:' + 32 hex digits)."
+            )
 
     def to_state(self) -> ContextHandleState:
         """The handle as JSON data, texts cut so that it stays under 300 bytes."""
@@ -402,13 +404,16 @@ class ContextHandle:
         if not isinstance(state, dict):
             raise InvalidHandleError(f"A handle is a dict or a string, not {type(state).__name__}.")
         if state.get("v") != _HANDLE_VERSION:
-            raise InvalidHandleError(f"Handle version {state.get('v')!r} is unknown; this release reads {_HANDLE_VERSION}.")
-        texts = {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created")}
+            raise InvalidHandleError(
+                f"Handle version {state.get('v')!r} is unknown; this release reads {_HANDLE_VERSION}."
+            )
+        given: dict[str, Any] = {"id": state.get("id", "")}
+        given |= {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created")}
         try:
-            counts = {name: int(state.get(name, 0)) for name in ("tokens", "bytes")}
+            given |= {name: int(state.get(name, 0)) for name in ("tokens", "bytes")}
         except (TypeError, ValueError) as error:
             raise InvalidHandleError("A handle's 'tokens' and 'bytes' must be integers.") from error
-        return cls(id=state.get("id", ""), **texts, **counts)
+        return cls(**given)
 
     def labelled(self, *, agent: str, text: str) -> ContextHandle:
         """The same handle with another agent's name and line of text."""

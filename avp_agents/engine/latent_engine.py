@@ -20,6 +20,7 @@ from avp_agents.models import resolve_model
 from avp_agents.store import ContextStore, default_store
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -123,13 +124,23 @@ class LatentEngine:
         return self._runtime.loaded.dtype_name
 
     @property
+    def device(self) -> torch.device:
+        """Where input embeddings go in; loads the weights."""
+        return self._runtime.loaded.device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights; loads them."""
+        return self._runtime.loaded.weight_bytes
+
+    @property
     def context_window(self) -> int:
         """Positions the model supports."""
         return self._runtime.window
 
     def stats(self) -> EngineStats:
         """Positions in use, requests running and waiting."""
-        return self._runtime.scheduler.stats()
+        return self._started().stats()
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Positions of the rendered prompt; needs the tokenizer only."""
@@ -192,7 +203,7 @@ class LatentEngine:
             As `think`; what can be checked before work starts is raised at once, not at the first chunk.
         """
         build = self._requests.answering
-        return ChunkStream(self._runtime.scheduler, lambda deliver: build(prompt, context, options, deliver))
+        return ChunkStream(self._started(), lambda deliver: build(prompt, context, options, deliver))
 
     def replay(self, context: Context) -> Context:
         """The same context with its KV-cache rebuilt (or found again): one prefill of its lineage.
@@ -200,7 +211,7 @@ class LatentEngine:
         Raises:
             As `think`.
         """
-        return wait_for_context(self._runtime.scheduler, lambda deliver: self._requests.replaying(context, deliver))
+        return wait_for_context(self._started(), lambda deliver: self._requests.replaying(context, deliver))
 
     def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """The context a handle stands for.

@@ -134,6 +134,8 @@ def load_model(
     dtype: str | None,
     adapters: Sequence[str],
     options: Mapping[str, Any],
+    *,
+    pack: bool,
 ) -> LoadedModel:
     """Load, check and prepare a decoder-only model.
 
@@ -144,6 +146,7 @@ def load_model(
         dtype: By default what the checkpoint says, float32 where the CPU has no fast bfloat16.
         adapters: LoRA adapters (folders or hub names), attached in order.
         options: Passed to transformers: revision, token, local_files_only, device_map, quantization_config, ...
+        pack: Lay the weights out for the CPU's matrix kernels, where it has them.
 
     Raises:
         ModelNotFoundError: Neither folder nor hub has it.
@@ -171,8 +174,8 @@ def load_model(
     for adapter in adapters:
         model.load_adapter(adapter)
     if device_map is None and not getattr(model, "is_quantized", False):
-        model = model.to(target)
-    return prepare(model.eval(), tokenizer)
+        torch.nn.Module.to(model, target)
+    return prepare(model.eval(), tokenizer, pack=pack)
 
 
 def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> TokenizerFiles:
@@ -191,7 +194,7 @@ def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> TokenizerFi
     return TokenizerFiles(tokenizer, window(config, name_or_path), eos_ids(_declared_eos(name_or_path, hub), tokenizer))
 
 
-def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, pack: bool) -> LoadedModel:
     """Fingerprint a placed model, pack its weights where that pays, and see what its layers store.
 
     Raises:
@@ -211,7 +214,7 @@ def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loade
         tied=head_weight is not None and head_weight.data_ptr() == table.data_ptr(),
         device=table.device,
     )
-    if can_pack(table.device, model.dtype):
+    if pack and can_pack(table.device, model.dtype):
         pack_linears(model, PACKED_ROWS)
     return LoadedModel(
         model=model,

@@ -130,7 +130,8 @@ class ModelRuntime:
 
     def _start(self) -> Scheduler:
         settings = self._settings
-        self._loaded = loaded = self._source.load(self.tokenizer)
+        # torch.compile cannot look into packed weights; it lays them out itself
+        self._loaded = loaded = self._source.load(self.tokenizer, pack=not settings.capture_steps)
         self._latent_step = LatentStep(loaded.vocabulary, _ridge_file(loaded))
         pool = KvPool(loaded.shapes, self._pool_positions(loaded), self._offload)
         verify_exactness(loaded, pool)

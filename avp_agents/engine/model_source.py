@@ -15,13 +15,16 @@ from avp_agents.engine.loading import LoadedModel, TokenizerFiles, eos_ids, load
 class ModelSource(Protocol):
     """Gives the tokenizer first and the weights when they are needed."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the model is called, for people."""
+        ...
 
     def tokenizer_files(self) -> TokenizerFiles:
         """Everything but the weights."""
         ...
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, pack: bool) -> LoadedModel:
         """The model, ready to run."""
         ...
 
@@ -40,9 +43,9 @@ class Pretrained:
         """Everything but the weights."""
         return load_tokenizer(self.name, self.options)
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, pack: bool) -> LoadedModel:
         """Load the weights."""
-        return load_model(self.name, tokenizer, self.device, self.dtype, self.adapters, self.options)
+        return load_model(self.name, tokenizer, self.device, self.dtype, self.adapters, self.options, pack=pack)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class InMemory:
         declared = getattr(self.model.generation_config, "eos_token_id", None)
         return TokenizerFiles(self.tokenizer, window(self.model.config, self.name), eos_ids(declared, self.tokenizer))
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    def load(self, tokenizer: PreTrainedTokenizerBase, *, pack: bool) -> LoadedModel:
         """Make it ready to run."""
         register()
         self.model.set_attn_implementation(IMPLEMENTATION)
-        return prepare(self.model.eval(), tokenizer)
+        return prepare(self.model.eval(), tokenizer, pack=pack)

@@ -12,8 +12,8 @@ would have been prefilled for the messages before it: the base's lineage, and th
     has latent steps, and begins otherwise    C is the base: a handoff; pending are the earlier messages that C does
                                               not hold, those with other contexts as text
 
-C holds the messages up to an earlier one where it extends the context that was the base there, or where it begins with
-what had been planned so far (the sibling branch of a fork). A message whose context C extends is held, too.
+C holds the messages before an earlier one with a context if it begins with what had been planned there: so does a
+descendant of that context, and a sibling branch of the same fork. It also holds each message whose context it extends.
 
 A context that is given explicitly is the base of a second line over the same messages. It drops what it holds by the
 same rules, and gives way only to a context that continues from it.
@@ -42,16 +42,6 @@ class Line:
         return replace(self, pending=(*self.pending, turn))
 
 
-@dataclass(frozen=True)
-class _Step:
-    """The line before and after a message that carries a context."""
-
-    before: Line
-    after: Line
-    index: int
-    context: Context
-
-
 class LineageWalk:
     """The walk over one prompt's turns.
 
@@ -62,7 +52,7 @@ class LineageWalk:
 
     def __init__(self, turns: Sequence[Turn], token_ids_of: Callable[[Line], tuple[int, ...]]) -> None:
         self._turns, self._token_ids_of = turns, token_ids_of
-        self._steps: list[_Step] = []
+        self._planned: list[tuple[int, Line]] = []
 
     def follow(self, given: Context | None) -> Line:
         """The line at the end of the prompt; `given` is the context handed over explicitly."""
@@ -71,9 +61,8 @@ class LineageWalk:
             if turn.context is None:
                 own, handed = own.then(turn), handed.then(turn)
                 continue
-            after = self._advance(own, turn, turn.context)
-            self._steps.append(_Step(own, after, turn.index, turn.context))
-            own = after
+            self._planned.append((turn.index, own))
+            own = self._advance(own, turn, turn.context)
             if given is not None:
                 handed = self._advance_given(handed, turn, turn.context, own)
         return own if given is None else handed
@@ -113,11 +102,9 @@ class LineageWalk:
 
     def _not_held(self, context: Context, index: int) -> tuple[Turn, ...]:
         """The turns before `index` that `context` does not hold."""
-        for step in reversed(self._steps):
-            if step.after.base is step.context and context.extends(step.context):
-                return _without_held(context, (*step.after.pending, *self._turns[step.index + 1 : index]))
-            if self._continues(step.before, context):
-                return _without_held(context, self._turns[step.index : index])
+        for start, line in reversed(self._planned):
+            if self._continues(line, context):
+                return _without_held(context, self._turns[start:index])
         return _without_held(context, self._turns[:index])
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
-from avp_agents.context import Context, HostKv
+from avp_agents.context import Context, HostKv, LatentRecipe
 from avp_agents.engine.base import GenerateOptions, Prompt, ThinkOptions
 from avp_agents.engine.model_runtime import ModelRuntime
 from avp_agents.engine.prompt import PromptPlan
@@ -47,7 +48,8 @@ class RequestBuilder:
         if unknown := sorted(set(options) - set(_THINK_OPTIONS)):
             raise ConfigurationError(f"Unknown option {unknown[0]!r}; known options: {', '.join(_THINK_OPTIONS)}.")
         runtime = self._runtime
-        recipe = runtime.latent_step.recipe(steps, **{k: v for k, v in options.items() if k not in _NOT_LATENT})
+        latent: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_LATENT}
+        recipe = runtime.latent_step.recipe(steps, **latent)
         if steps > DEGENERATE_STEPS:
             warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
         plan = self._plan(prompt, context)
@@ -69,7 +71,7 @@ class RequestBuilder:
         request = self._request(plan, options.get("timeout"), options.get("source"), deliver)
         base_ids = plan.base.token_ids() if plan.base is not None else ()
         sampler = RowSampler(params, (*base_ids, *plan.token_ids))
-        text = TextStream(runtime.tokenizer, params.stop)
+        text = TextStream(runtime.tokenizer, params.stop, min_tokens=params.min_tokens)
         return Answering(request, max_tokens, sampler, text, frozenset(params.stop_token_ids))
 
     def replaying(self, context: Context, deliver: Deliver) -> Replaying:

@@ -287,6 +287,7 @@ class Answering(Sequence):
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
         self._result: Generation | None = None
+        self._last: Chunk | None = None
 
     def step_input(self) -> Inputs:
         """The newest token."""
@@ -311,19 +312,19 @@ class Answering(Sequence):
             delta = self._text.finish()
         else:
             delta = self._text.feed(token)
-            if self._text.stopped and len(self._ids) >= self.sampler.params.min_tokens:
-                self._finish = "stop"
-            elif len(self._ids) >= self._max_tokens:
+            if len(self._ids) >= self._max_tokens:
                 self._finish = "length"
                 delta += self._text.finish()
+            if self._text.stopped:
+                self._finish = "stop"
+        self._last = Chunk(delta, (token,), logprobs=logprobs)
         if not self.done:
-            self.request.deliver(Chunk(delta, (token,), logprobs=logprobs))
-        else:
-            self._tail = (delta, token, logprobs)
+            self.request.deliver(self._last)
 
     def end(self) -> Event:
         """The last chunk, with the whole answer."""
-        delta, token, logprobs = self._tail
+        last = self._last
+        assert last is not None
         assert self._finish is not None
         ids = self._lineage_ids()
         lineage = (*self.lineage, TokenSegment(ids)) if ids else self.lineage
@@ -340,7 +341,7 @@ class Answering(Sequence):
             finish_reason=self._finish,
             logprobs=tuple(self._logprobs) if asked else None,
         )
-        return Chunk(delta, (token,) if ids == tuple(self._ids) else (), self._result, logprobs)
+        return Chunk(last.text, last.token_ids if ids == tuple(self._ids) else (), self._result, last.logprobs)
 
     def result_context(self) -> Context | None:
         """Lineage and answer."""

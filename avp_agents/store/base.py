@@ -25,6 +25,15 @@ AnyHandle = ContextHandle | Mapping[str, Any] | str
 """A handle as the code has it, as graph state has it, or its bare id."""
 
 
+def id_of_handle(handle: AnyHandle) -> str:
+    """The id of a handle that may come from graph state.
+
+    Raises:
+        InvalidHandleError: It is malformed.
+    """
+    return ContextHandle.from_state(dict(handle) if isinstance(handle, Mapping) else handle).id
+
+
 @dataclass(frozen=True)
 class StoreStats:
     """What a store holds.

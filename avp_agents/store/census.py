@@ -1,10 +1,10 @@
-"""Who uses which segment, and what goes first when room is needed. Plain bookkeeping over a listing; touches no file."""
+"""Who uses which segment, and what goes first when room is needed. Bookkeeping over a listing; touches no file."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,32 @@ class StoredHandle:
     pinned: bool
 
 
-class Census:
-    """What a store holds at one moment. A segment is in use while a handle ends in it or another segment follows it.
+@dataclass
+class Removals:
+    """What is to be removed, in this order: handles, then KV files, then segments with theirs, followers first."""
 
-    Attributes:
+    handles: list[str] = field(default_factory=list)
+    kv: list[str] = field(default_factory=list)
+    segments: list[str] = field(default_factory=list)
+    lineage_bytes: int = 0
+    kv_bytes: int = 0
+
+
+class Census:
+    """What a store holds at one moment, and what is decided to be removed of it.
+
+    A segment is in use while a handle ends in it or another segment follows it.
+
+    Args:
         handles: By id.
+        parents: The segment before each segment, by segment id; None before a first one.
         lineage: Bytes of each segment's record, by segment id.
         kv: Bytes of each segment's KV file, by segment id.
-        unreadable: Ids of handles whose records are torn; they use nothing.
+        torn: Segments whose records cannot be read; they are treated as absent.
+
+    Attributes:
+        handles, lineage, kv: What is left of them.
+        removals: What was forgotten since the listing.
     """
 
     def __init__(
@@ -38,19 +56,21 @@ class Census:
         parents: dict[str, str | None],
         lineage: dict[str, int],
         kv: dict[str, int],
-        unreadable: Iterable[str] = (),
+        torn: Iterable[str] = (),
     ) -> None:
         self.handles, self.lineage, self.kv = handles, lineage, kv
-        self.unreadable = list(unreadable)
+        self.removals = Removals()
         self._parents = parents
+        self._torn = list(torn)
         self._users = Counter(handle.head for handle in handles.values())
         self._users.update(parent for parent in parents.values() if parent is not None)
         self._wanted: set[str] = set()
+        self._listed_bytes = sum(lineage.values()) + sum(kv.values())
 
     @property
     def total(self) -> int:
-        """Bytes of lineages and KV-caches."""
-        return sum(self.lineage.values()) + sum(self.kv.values())
+        """Bytes of lineages and KV-caches that are left."""
+        return self._listed_bytes - self.removals.lineage_bytes - self.removals.kv_bytes
 
     def want(self, segment_ids: Iterable[str]) -> None:
         """Spare these segments and their KV-caches: a context that uses them is being put."""
@@ -58,62 +78,88 @@ class Census:
             self._users[segment_id] += 1
             self._wanted.add(segment_id)
 
-    def lineage_of(self, handle_id: str) -> Iterator[str]:
-        """The segments of a handle's lineage that are there, last one first."""
-        segment_id = self.handles[handle_id].head
-        while segment_id in self.lineage:
-            yield segment_id
-            segment_id = self._parents[segment_id]
+    def is_whole(self, handle_id: str) -> bool:
+        """Whether all segments of a handle's lineage are there."""
+        *_, first = [None, *self._lineage_of(handle_id)]
+        return first is not None and self._parents[first] is None
 
     def used_only_by(self, handle_id: str) -> list[str]:
         """The segments that removing a handle would leave unused, last one first."""
         alone = []
-        for segment_id in self.lineage_of(handle_id):
+        for segment_id in self._lineage_of(handle_id):
             if self._users[segment_id] > 1:
                 break
             alone.append(segment_id)
         return alone
 
-    def release(self, handle_id: str) -> list[str]:
-        """Forget a handle and the segments that only it used; returns them, last one first."""
+    def release(self, handle_id: str) -> None:
+        """Forget a handle, and the segments that only it used."""
         alone = self.used_only_by(handle_id)
         self._users[self.handles.pop(handle_id).head] -= 1
+        self.removals.handles.append(handle_id)
         for segment_id in alone:
             self._forget(segment_id)
-        return alone
 
-    def release_orphans(self) -> list[str]:
-        """Forget the segments that nothing uses, which a killed writer left; returns them, followers first."""
-        orphans = []
+    def release_orphans(self) -> None:
+        """Forget what a killed writer left: segments that nothing uses, torn ones, KV files without a segment."""
         pending = [segment_id for segment_id in self.lineage if self._users[segment_id] == 0]
         while pending:
             segment_id = pending.pop()
-            parent = self._parents[segment_id]
             self._forget(segment_id)
-            orphans.append(segment_id)
+            parent = self._parents[segment_id]
             if parent in self.lineage and self._users[parent] == 0:
                 pending.append(parent)
-        orphans += self.kv.keys() - self.lineage.keys()
-        for segment_id in orphans:
-            self.kv.pop(segment_id, None)
-        return orphans
+        for segment_id in self.kv.keys() - self.lineage.keys():
+            self.drop_kv(segment_id)
+        self.removals.segments += self._torn
+        self._torn.clear()
 
-    def idle_handles(self) -> list[str]:
+    def drop_kv(self, segment_id: str) -> None:
+        """Forget a segment's KV file, if it has one."""
+        if segment_id in self.kv:
+            self.removals.kv.append(segment_id)
+            self.removals.kv_bytes += self.kv.pop(segment_id)
+
+    def shrink(self, excess: int, *, kv_only: bool = False, spare: str | None = None) -> int:
+        """Forget idle KV files, then idle handles, least recently used first, until `excess` bytes are gone.
+
+        Returns:
+            The bytes that are still too many; 0 or less when it succeeded.
+        """
+        goal = self.total - excess
+        for segment_id in self._idle_kv():
+            if self.total <= goal:
+                break
+            self.drop_kv(segment_id)
+        for handle_id in [] if kv_only else self._idle_handles():
+            if self.total <= goal:
+                break
+            if handle_id != spare:
+                self.release(handle_id)
+        return self.total - goal
+
+    def _lineage_of(self, handle_id: str) -> Iterator[str]:
+        """The segments of a handle's lineage that are there, last one first."""
+        segment_id: str | None = self.handles[handle_id].head
+        while segment_id is not None and segment_id in self.lineage:
+            yield segment_id
+            segment_id = self._parents[segment_id]
+
+    def _idle_handles(self) -> list[str]:
         """Unpinned handles, least recently used first."""
         idle = [handle_id for handle_id, handle in self.handles.items() if not handle.pinned]
         return sorted(idle, key=lambda handle_id: self.handles[handle_id].last_use)
 
-    def idle_kv(self) -> list[str]:
-        """Segments whose KV-cache may go, least recently used first, and of one lineage the last first.
+    def _idle_kv(self) -> list[str]:
+        """Segments whose KV file may go, least recently used first, and of one lineage the last first.
 
-        A segment counts as used when the most recently used of its handles was; none of its handles may be pinned.
+        A segment was used when the most recently used of its handles was; none of its handles may be pinned.
         """
-        pinned = {s for h, handle in self.handles.items() if handle.pinned for s in self.lineage_of(h)}
-        spared = pinned | self._wanted
+        spared = {s for h, handle in self.handles.items() if handle.pinned for s in self._lineage_of(h)} | self._wanted
         batches = []
-        for handle_id in reversed(self.idle_handles()):
+        for handle_id in reversed(self._idle_handles()):
             batch = []
-            for segment_id in self.lineage_of(handle_id):
+            for segment_id in self._lineage_of(handle_id):
                 if segment_id in spared:
                     break
                 batch.append(segment_id)
@@ -122,8 +168,9 @@ class Census:
         return [s for batch in reversed(batches) for s in batch if s in self.kv]
 
     def _forget(self, segment_id: str) -> None:
-        del self.lineage[segment_id]
-        self.kv.pop(segment_id, None)
+        self.removals.segments.append(segment_id)
+        self.removals.lineage_bytes += self.lineage.pop(segment_id)
+        self.removals.kv_bytes += self.kv.pop(segment_id, 0)
         parent = self._parents[segment_id]
         if parent is not None:
             self._users[parent] -= 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from avp_agents.context import HostKv, Readout, Segment
 from avp_agents.store.folder import NamespaceFolder
 from avp_agents.store.kv_file import KvPart, join
-from avp_agents.store.segment_record import payload_bytes
+from avp_agents.store.segment_record import SegmentRecord, payload_bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Chain:
 
 def read_chain(folder: NamespaceFolder, head: str) -> Chain | None:
     """The lineage that ends in a segment; None unless all of it is there."""
-    segment_ids, records = [], []
+    segment_ids: list[str] = []
+    records: list[SegmentRecord] = []
     segment_id: str | None = head
     while segment_id is not None:
         record = folder.read_segment(segment_id)
@@ -75,9 +76,9 @@ def read_chain(folder: NamespaceFolder, head: str) -> Chain | None:
     last = records[-1]
     digests = content_digests((record.segment for record in records), last.dtype)
     links, stop = [], 0
-    for segment_id, record, content in zip(segment_ids, records, digests, strict=True):
+    for own_id, record, content in zip(segment_ids, records, digests, strict=True):
         stop += len(record.segment)
-        links.append(Link(segment_id, record.segment, record.readout, content, stop))
+        links.append(Link(own_id, record.segment, record.readout, content, stop))
     return Chain(last.fingerprint, last.dtype, tuple(links))
 
 
@@ -94,45 +95,48 @@ def content_digests(lineage: Iterable[Segment], dtype: str) -> list[str]:
     return digests
 
 
-def stored_parts(folder: NamespaceFolder, chain: Chain) -> list[KvPart]:
-    """The KV files along a chain that continue each other without a gap, computed from just these values."""
-    parts: list[KvPart] = []
+def read_kv(folder: NamespaceFolder, chain: Chain) -> HostKv | None:
+    """The longest cache without a gap that the files along a chain hold: views of one file, or copies of several."""
+    pieces: list[HostKv] = []
+    covered, geometry = 0, None
     for link in chain.links:
-        part = folder.read_kv(link.segment_id)
-        if part is not None and _continues(parts, part, link):
-            parts.append(part)
-    return parts
-
-
-def joined_kv(parts: Sequence[KvPart]) -> HostKv | None:
-    """Parts that continue each other as one cache, overlaps left out."""
-    pieces, covered = [], 0
-    for part in parts:
-        pieces.append(replace(part, kv=part.kv.to_host(covered - part.start)))
-        covered = part.stop
+        part = _continuation(folder, link, covered)
+        if part is None:
+            continue
+        if geometry not in (None, part.geometry):
+            break
+        pieces.append(part.kv.to_host(covered - part.start))
+        covered, geometry = part.stop, part.geometry
     return join(pieces) if pieces else None
 
 
-def missing_parts(folder: NamespaceFolder, chain: Chain, length: int) -> list[tuple[Link, int, int]]:
-    """What a cache of `length` positions would add to the files along a chain: ``(link, start, stop)`` each."""
+@dataclass(frozen=True)
+class MissingKv:
+    """Positions ``start:stop`` that belong into a link's KV file."""
+
+    link: Link
+    start: int
+    stop: int
+
+
+def missing_kv(folder: NamespaceFolder, chain: Chain, length: int) -> list[MissingKv]:
+    """What a cache of `length` positions would add to the files along a chain."""
     missing = []
-    parts: list[KvPart] = []
     covered = 0
     for link in chain.links:
-        part = folder.read_kv(link.segment_id)
+        part = _continuation(folder, link, covered)
         stop = min(link.stop, length)
-        if part is not None and _continues(parts, part, link, covered):
-            parts.append(part)
+        if part is not None:
             covered = part.stop
         elif stop > covered:
-            missing.append((link, covered, stop))
+            missing.append(MissingKv(link, covered, stop))
             covered = stop
     return missing
 
 
-def _continues(parts: Sequence[KvPart], part: KvPart, link: Link, covered: int | None = None) -> bool:
-    """Whether `part` goes on where `parts` end, was computed from the same values, and has the same geometry."""
-    if covered is None:
-        covered = parts[-1].stop if parts else 0
-    fits = not parts or part.geometry == parts[0].geometry
-    return fits and part.content == link.content and part.start <= covered < part.stop
+def _continuation(folder: NamespaceFolder, link: Link, covered: int) -> KvPart | None:
+    """A link's KV file, if it was computed from just these values and leaves no gap after the `covered` positions."""
+    part = folder.read_kv(link.segment_id)
+    if part is None or part.content != link.content or not part.start <= covered < part.stop:
+        return None
+    return part

@@ -22,7 +22,7 @@ def make_private_folder(path: Path) -> None:
         path.chmod(0o700)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> os.stat_result:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> os.stat_result:
     """Replace the file at `path`: whoever reads it finds the old bytes, or all that `write` wrote, never a part.
 
     The bytes are on the disk when this returns; the name is once the caller has called `sync_folder`.

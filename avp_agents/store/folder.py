@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from avp_agents.errors import IntegrityError
-from avp_agents.store.census import Census, StoredHandle
+from avp_agents.store.census import Census, Removals, StoredHandle
 from avp_agents.store.durable import TEMPORARY_PREFIX, locked, make_private_folder, remove, sync_folder, write_whole
 from avp_agents.store.handle_record import HandleRecord, decode_handle, encode_handle
 from avp_agents.store.kv_file import KvPart, Signature, read_kv, signature, write_kv
@@ -61,7 +61,7 @@ class NamespaceFolder:
         return locked(self.path / "lock")
 
     def kv_lock(self) -> AbstractContextManager[None]:
-        """Held while KV files are written, so that a long write delays no lineage. Taken before `lock`, never inside."""
+        """Held while KV files are written, so that this delays no lineage. Taken before `lock`, never inside it."""
         return locked(self.path / "kv.lock")
 
     def make(self) -> None:
@@ -159,9 +159,7 @@ class NamespaceFolder:
 
     def write_kv(self, segment_id: str, part: KvPart) -> None:
         """Store a segment's share of the KV-cache. Under `kv_lock`; `sync_segments` makes it durable."""
-        status = write_whole(
-            self._kv_path(segment_id), lambda file: write_kv(file, part, segment_id, self._namespace)
-        )
+        status = write_whole(self._kv_path(segment_id), lambda file: write_kv(file, part, segment_id, self._namespace))
         self._checked_kv[segment_id] = signature(status)
 
     def remove_kv(self, segment_id: str) -> None:
@@ -169,17 +167,18 @@ class NamespaceFolder:
         remove(self._kv_path(segment_id))
         self._checked_kv.pop(segment_id, None)
 
-    def remove_all(self, handle_ids: list[str], segment_ids: list[str]) -> None:
-        """Remove handles, durably, then the segments that only they used, leaf first. Under `lock`."""
-        for handle_id in handle_ids:
+    def remove(self, removals: Removals) -> None:
+        """Remove what a census decided on. Under `lock`. No handle outlives its segments, even if this is killed."""
+        for handle_id in removals.handles:
             remove(self._handle_path(handle_id, ".pin"))
             remove(self._handle_path(handle_id))
-        if handle_ids:
+        if removals.handles:
             sync_folder(self._handles)
-        for segment_id in segment_ids:
+        for segment_id in removals.kv + removals.segments:
             self.remove_kv(segment_id)
+        for segment_id in removals.segments:
             remove(self._segment_path(segment_id))
-        if segment_ids:
+        if removals.kv or removals.segments:
             sync_folder(self._segments)
 
     def remove_temporaries(self) -> None:
@@ -195,25 +194,27 @@ class NamespaceFolder:
             if folder.exists():
                 shutil.rmtree(folder)
 
+    def handle_ids(self) -> list[str]:
+        """All handles, readable or not, in no order."""
+        return [_HANDLE_PREFIX + name for name, kind, _ in _named(self._handles) if kind == "handle"]
+
     def census(self) -> Census:
-        """All handles, segments and sizes. Under `lock`, else names may be missing that are just being changed."""
-        handles: dict[str, StoredHandle] = {}
-        unreadable: list[str] = []
-        pinned = {name for name, kind, _ in _named(self._handles) if kind == "pin"}
-        for name, kind, status in _named(self._handles):
-            if kind == "handle":
-                head = self._head(_HANDLE_PREFIX + name)
-                if head is None:
-                    unreadable.append(_HANDLE_PREFIX + name)
-                else:
-                    handles[_HANDLE_PREFIX + name] = StoredHandle(head, status.st_mtime, name in pinned)
+        """All readable handles and segments. Under `lock`, else names that are just being changed may be missing."""
+        files = list(_named(self._handles))
+        pinned = {name for name, kind, _ in files if kind == "pin"}
+        handles = {}
+        for name, kind, status in files:
+            if kind == "handle" and (head := self._head(_HANDLE_PREFIX + name)) is not None:
+                handles[_HANDLE_PREFIX + name] = StoredHandle(head, status.st_mtime, name in pinned)
         lineage: dict[str, int] = {}
         kv: dict[str, int] = {}
         for name, kind, status in _named(self._segments):
             sizes = lineage if kind == "segment" else kv
             sizes[name] = status.st_size
-        parents = {segment_id: self._parent(segment_id) for segment_id in lineage}
-        return Census(handles, parents, lineage, kv, unreadable)
+        torn = [name for name in lineage if not self._knows_parent(name)]
+        for name in torn:
+            del lineage[name]
+        return Census(handles, {name: self._parents[name] for name in lineage}, lineage, kv, torn)
 
     def report(self, what: str, reason: IntegrityError) -> None:
         """Count and log a record that will be treated as absent."""
@@ -230,14 +231,14 @@ class NamespaceFolder:
             self._heads[handle_id] = self._namespace.segment_id(record.recipe_id)
         return self._heads[handle_id]
 
-    def _parent(self, segment_id: str) -> str | None:
-        """The segment before another; None for a first one, or one that cannot be read."""
+    def _knows_parent(self, segment_id: str) -> bool:
+        """Whether a segment's record could be read; then `_parents` has the segment before it, None for a first."""
         if segment_id not in self._parents:
             record = self.read_segment(segment_id)
             if record is None:
-                return None
+                return False
             self._parents[segment_id] = record.parent
-        return self._parents[segment_id]
+        return True
 
     def _handle_path(self, handle_id: str, suffix: str = ".handle") -> Path:
         return self._handles / (handle_id.removeprefix(_HANDLE_PREFIX) + suffix)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import msgpack
 
@@ -36,7 +37,7 @@ class HandleRecord:
 
 def encode_handle(record: HandleRecord, namespace: Namespace) -> bytes:
     """msgpack and a MAC."""
-    content = msgpack.packb({"version": VERSION, **asdict(record)})
+    content = cast(bytes, msgpack.packb({"version": VERSION, **asdict(record)}))
     return content + _mac(content, record.handle.id, namespace)
 
 

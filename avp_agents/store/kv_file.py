@@ -116,19 +116,14 @@ def signature(status: os.stat_result) -> Signature:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def join(parts: Sequence[KvPart]) -> HostKv:
-    """The parts as one cache: views of a single one, copies of several."""
+def join(pieces: Sequence[HostKv]) -> HostKv:
+    """Consecutive pieces as one cache: a single one as it is, several copied."""
     import torch
 
-    if len(parts) == 1:
-        return parts[0].kv
-    layers = zip(*(part.kv.layers for part in parts), strict=True)
-    return HostKv(tuple(_join_layer(torch.cat, pairs) for pairs in layers))
-
-
-def _join_layer(cat: Any, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    keys, values = zip(*pairs, strict=True)
-    return cat(keys, dim=1), cat(values, dim=1)
+    if len(pieces) == 1:
+        return pieces[0]
+    tensors = [torch.cat(same, dim=1) for same in zip(*(_tensors(piece) for piece in pieces), strict=True)]
+    return HostKv(tuple(zip(tensors[::2], tensors[1::2], strict=True)))
 
 
 def check_layers(kv: HostKv) -> None:

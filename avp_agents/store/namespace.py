@@ -103,7 +103,9 @@ def _parse_key(text: str, *, source: str) -> bytes:
     except (binascii.Error, ValueError) as error:
         raise NamespaceKeyError(f"{source} is neither hex nor base64. {_HOW_TO_MAKE_ONE}") from error
     if len(key) < _KEY_BYTES:
-        raise NamespaceKeyError(f"{source} holds {len(key)} bytes, at least {_KEY_BYTES} are needed. {_HOW_TO_MAKE_ONE}")
+        raise NamespaceKeyError(
+            f"{source} holds {len(key)} bytes, at least {_KEY_BYTES} are needed. {_HOW_TO_MAKE_ONE}"
+        )
     return key
 
 

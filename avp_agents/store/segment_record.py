@@ -16,7 +16,7 @@ import hmac
 import math
 import struct
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
 import numpy as np
@@ -72,7 +72,7 @@ def encode_segment(record: SegmentRecord, segment_id: str, namespace: Namespace)
         "hidden": int(segment.embeddings.shape[-1]) if isinstance(segment, LatentSegment) else None,
         "readout": [readout.hidden.numel(), readout.token_ids.numel()] if readout is not None else None,
     }
-    packed = msgpack.packb(header)
+    packed = cast(bytes, msgpack.packb(header))
     body = payload_bytes(segment, record.dtype)
     if readout is not None:
         body += _readout_bytes(readout, record.dtype)

@@ -16,15 +16,15 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from avp_langgraph.handoffs import Prepared
-from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY, THINK_KEY
-from avp_langgraph.scope import Scope
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
 
 from avp_agents.context import Context, ContextHandle, LatentSegment
 from avp_agents.engine.base import Generation, TokenLogprob
 from avp_agents.usage import Handoff, HandoffMode, Usage
+from avp_langgraph.handoffs import Prepared
+from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY, THINK_KEY
+from avp_langgraph.scope import Scope
 
 PROVIDER = "avp"
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from avp_langgraph.handoffs import OnMissing
-
 from avp_agents.context import LatentMethod
 from avp_agents.engine.base import GenerateOptions, ThinkOptions
 from avp_agents.errors import ConfigurationError
+from avp_langgraph.handoffs import OnMissing
 
 Mode = Literal["text", "latent"]
 
@@ -74,9 +73,7 @@ class Call:
     def generate_options(self, source: str) -> GenerateOptions:
         """For `Engine.generate` and `Engine.stream`."""
         options: dict[str, Any] = {
-            name: value
-            for name in GenerateOptions.__annotations__
-            if (value := getattr(self, name, None)) is not None
+            name: value for name in GenerateOptions.__annotations__ if (value := getattr(self, name, None)) is not None
         }
         return GenerateOptions(**options, source=source)
 

@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, closing
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Self
 
-from avp_langgraph.answers import PROVIDER, shown_name
-from avp_langgraph.calls import Call, Mode
-from avp_langgraph.engines import shared_engine
-from avp_langgraph.exchange import achunks, chunks
-from avp_langgraph.handoffs import OnMissing
-from avp_langgraph.messages import read_messages
-from avp_langgraph.scope import ScopePolicy, current_scope
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.chat_models import BaseChatModel, LangSmithParams, generate_from_stream
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.chat_models import BaseChatModel, generate_from_stream
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool
@@ -32,6 +28,13 @@ from pydantic import ConfigDict, Field, SkipValidation, model_validator
 from avp_agents.context import LatentMethod
 from avp_agents.engine.base import Engine
 from avp_agents.errors import ConfigurationError
+from avp_langgraph.answers import PROVIDER, shown_name
+from avp_langgraph.calls import Call, Mode
+from avp_langgraph.engines import shared_engine
+from avp_langgraph.exchange import achunks, chunks
+from avp_langgraph.handoffs import OnMissing
+from avp_langgraph.messages import read_messages
+from avp_langgraph.scope import ScopePolicy, current_scope
 
 # What people leave in when they swap a hosted model for this one; it has no meaning here.
 _HOSTED_ONLY = frozenset({"api_key", "base_url", "max_retries"})
@@ -138,3 +141,128 @@ class AvpChatModel(BaseChatModel):
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ConfigurationError(f"AvpChatModel has no option {name!r}.{hint}")
         return values
+
+    @model_validator(mode="after")
+    def _agree_with_engine(self) -> Self:
+        """An engine that was passed has a model, a store and a namespace already."""
+        if self.engine is None:
+            return self
+        if self.engine_options:
+            raise ConfigurationError(
+                "engine_options are for an engine that is still to be made; leave out one of both."
+            )
+        engines_own = {"model_name": self.engine.model_path, "namespace": self.engine.store.namespace.name}
+        for name, value in engines_own.items():
+            if getattr(self, name) not in (None, value):
+                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, but the engine's is {value!r}.")
+            setattr(self, name, value)
+        return self
+
+    @model_validator(mode="after")
+    def _never_cache_thoughts(self) -> Self:
+        """A cached line would stand for a context of another thread."""
+        if self.mode == "latent" and self.cache is None:
+            self.cache = False
+        return self
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Its configuration is; weights and engine are not part of it."""
+        return True
+
+    @property
+    def _llm_type(self) -> str:
+        return "avp-chat"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        own = [name for name in AvpChatModel.model_fields if name not in BaseChatModel.model_fields]
+        return {name: getattr(self, name) for name in own if name not in ("engine", "streaming")}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = PROVIDER
+        params["ls_model_name"] = shown_name(kwargs.get("model") or self.model_name or "default")
+        return params
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        pieces = [piece async for piece in self._astream(messages, stop, run_manager, **kwargs)]
+        return generate_from_stream(iter(pieces))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Generator[ChatGenerationChunk]:
+        call = self._call().overridden(stop, kwargs)
+        engine = self._engine_for(call.model)
+        with closing(chunks(engine, messages, call, current_scope(self.scope))) as pieces:
+            for piece in pieces:
+                chunk = ChatGenerationChunk(message=piece)
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncGenerator[ChatGenerationChunk]:
+        call = self._call().overridden(stop, kwargs)
+        engine = await asyncio.to_thread(self._engine_for, call.model)
+        async with aclosing(achunks(engine, messages, call, current_scope(self.scope))) as pieces:
+            async for piece in pieces:
+                chunk = ChatGenerationChunk(message=piece)
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Positions of the messages by the model's own template and tokenizer, latent steps included.
+
+        Tool schemas are not counted. No context is looked up; a message that stands for one counts as its text.
+        """
+        if tools is not None:
+            warnings.warn("Token counts of this model do not include tool schemas.", stacklevel=2)
+        turns = read_messages(messages)
+        steps = sum(turn.recipe.steps for turn in turns if turn.is_thought and turn.recipe)
+        rendered = [turn.message for turn in turns if not turn.is_thought]
+        return steps + (self._engine_for(self.model_name).count_tokens(rendered) if rendered else 0)
+
+    def with_options(self, **options: Any) -> Self:
+        """The same model with other fields."""
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | options)
+
+    def _call(self) -> Call:
+        options = {
+            field.name: getattr(self, field.name) for field in fields(Call) if field.name in type(self).model_fields
+        }
+        return Call(model=self.model_name, **options)
+
+    def _engine_for(self, model: str | None) -> Engine:
+        if self.engine is not None and model == self.model_name:
+            return self.engine
+        return shared_engine(model, self.engine_options, namespace=self.namespace)

@@ -1,4 +1,4 @@
-"""One engine per model and options in a process, however many chat models ask for it.
+"""One engine per model, options and namespace in a process, however many chat models ask for it.
 
 Chat models hold no weights: they look their engine up here when they are first called. Two threads that ask at once get
 the same engine; asking for one model does not wait for another one to load.
@@ -29,23 +29,29 @@ _slots: dict[str, _Slot] = {}
 _slots_lock = threading.Lock()
 
 
-def shared_engine(model: str | None = None, options: Mapping[str, Any] | None = None) -> Engine:
+def shared_engine(
+    model: str | None = None, options: Mapping[str, Any] | None = None, *, namespace: str | None = None
+) -> Engine:
     """The process's engine for `model`, made by ``LatentEngine.from_pretrained(model, **options)`` at the first call.
 
     Args:
         model: Name or folder of a Hugging Face model; None is the embedded default model.
         options: JSON data, such as ``{"dtype": "bfloat16", "device": "cuda"}``.
+        namespace: The tenant whose store and KV-caches it uses; None is the default one. Each has an engine of its own.
 
     Raises:
         ConfigurationError: The options are not JSON data.
         ModelError: The model cannot be found or is not supported.
     """
-    slot = _slot_of(model, options or {})
+    given = dict(options or {})
+    slot = _slot_of(model, given, namespace)
     with slot.lock:
         if slot.engine is None:
             from avp_agents.engine.latent_engine import LatentEngine
+            from avp_agents.store import default_store
 
-            slot.engine = LatentEngine.from_pretrained(model, **(options or {}))
+            store = default_store(namespace=namespace or "default")
+            slot.engine = LatentEngine.from_pretrained(model, store=store, **given)
         return slot.engine
 
 
@@ -60,9 +66,9 @@ def close_engines() -> None:
                 slot.engine.close()
 
 
-def _slot_of(model: str | None, options: Mapping[str, Any]) -> _Slot:
+def _slot_of(model: str | None, options: dict[str, Any], namespace: str | None) -> _Slot:
     try:
-        key = json.dumps([model, dict(options)], sort_keys=True)
+        key = json.dumps([model, options, namespace], sort_keys=True)
     except TypeError as error:
         raise ConfigurationError(
             f"engine_options must be JSON data ({error}). For a store, a device map of objects or the like, build the "

@@ -6,27 +6,27 @@ in the engine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import aclosing, closing, contextmanager
 from typing import Any, cast
 
-from avp_langgraph.answers import answer_chunk, answer_line, thought_chunk, thought_line
-from avp_langgraph.calls import Call
-from avp_langgraph.handoffs import Preparation, arun, prepare, run
-from avp_langgraph.messages import read_messages
-from avp_langgraph.scope import Scope
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessageChunk, BaseMessage
 
 from avp_agents.engine.base import Chunk, Engine
 from avp_agents.errors import ContextWindowError
+from avp_langgraph.answers import answer_chunk, answer_line, thought_chunk, thought_line
+from avp_langgraph.calls import Call
+from avp_langgraph.handoffs import Preparation, arun, prepare, run
+from avp_langgraph.messages import read_messages
+from avp_langgraph.scope import Scope
 
 
 class AvpContextOverflowError(ContextWindowError, ContextOverflowError):
     """A `ContextWindowError` that LangChain's middleware knows as its `ContextOverflowError`."""
 
 
-def chunks(engine: Engine, messages: Sequence[BaseMessage], call: Call, scope: Scope) -> Iterator[AIMessageChunk]:
+def chunks(engine: Engine, messages: Sequence[BaseMessage], call: Call, scope: Scope) -> Generator[AIMessageChunk]:
     """The answer to `messages`, piece by piece; the last piece has usage and metadata.
 
     Raises:
@@ -56,7 +56,7 @@ def chunks(engine: Engine, messages: Sequence[BaseMessage], call: Call, scope: S
 
 async def achunks(
     engine: Engine, messages: Sequence[BaseMessage], call: Call, scope: Scope
-) -> AsyncIterator[AIMessageChunk]:
+) -> AsyncGenerator[AIMessageChunk]:
     """`chunks` on an event loop, which it does not block.
 
     Raises:

@@ -19,9 +19,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from avp_langgraph.messages import Turn
-from avp_langgraph.scope import Scope
-
 from avp_agents.context import Context, ContextHandle, LatentRecipe
 from avp_agents.engine.base import Engine, Message
 from avp_agents.errors import (
@@ -34,6 +31,8 @@ from avp_agents.errors import (
 )
 from avp_agents.store.base import ContextStore
 from avp_agents.usage import HandoffMode
+from avp_langgraph.messages import Turn
+from avp_langgraph.scope import Scope
 
 logger = logging.getLogger("avp_langgraph")
 

@@ -20,6 +20,8 @@ Position = int | Tensor
 """What stands at one position of a lineage: a token id, or the embedding ``[hidden]`` that a latent step fed."""
 
 RIDGE_LAMBDA = 1e-5
+ROUNDING = 1e-3
+"""Relative deviation that a few latent steps may have in float32: the recurrence amplifies rounding."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ def positions(lineage: Iterable[Any]) -> list[Position]:
     for segment in lineage:
         found.extend(segment.token_ids if hasattr(segment, "token_ids") else segment.embeddings)
     return found
+
+
+def fed_latents(context: Any) -> Tensor:
+    """``[steps, hidden]``, what the last latent steps of a `Context` fed."""
+    return context.lineage[-1].embeddings
 
 
 def before_answer(generation: Any) -> list[Position]:

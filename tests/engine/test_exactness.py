@@ -11,14 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference import Decoded, Reference, Thought, before_answer, positions, relative_deviation
+from reference import Decoded, Reference, Thought, before_answer, fed_latents, positions, relative_deviation
 
 from avp_agents import Context, DiskStore, Generation, LatentEngine, LatentSegment, TokenSegment
 from avp_agents.engine.base import GenerateOptions
@@ -98,24 +98,18 @@ def hand_over(engine: LatentEngine, reference: Reference, analyse: str, solve: s
     return Handover(context, answer, prompt, boundary, thought, expected)
 
 
-def latents(context: Context) -> LatentSegment:
-    (segment,) = (s for s in context.lineage if isinstance(s, LatentSegment))
-    return segment
-
-
 def first_token(generation: Generation) -> dict[int, float]:
     """Log-probabilities of the likeliest first tokens."""
     assert generation.logprobs is not None
     return dict(generation.logprobs[0].top)
 
 
-def bare(context: Context, embeddings: torch.Tensor | None = None) -> Context:
-    """The lineage of a context without its KV-cache; its latents exchanged, where others are given."""
-    segments = [
-        LatentSegment(embeddings, s.recipe) if embeddings is not None and isinstance(s, LatentSegment) else s
-        for s in context.lineage
-    ]
-    return Context(context.fingerprint, context.dtype, tuple(segments), context.readout)
+def thought_context(like: Context, ids: Iterable[int], embeddings: torch.Tensor) -> Context:
+    """A context of the same model without a KV-cache: a prompt and what latent steps fed."""
+    segment = like.lineage[-1]
+    assert isinstance(segment, LatentSegment)
+    lineage = (TokenSegment(tuple(ids)), replace(segment, embeddings=embeddings))
+    return Context(like.fingerprint, like.dtype, lineage)
 
 
 # (a) token for token
@@ -124,7 +118,7 @@ def bare(context: Context, embeddings: torch.Tensor | None = None) -> Context:
 def test_a_handover_is_the_uncached_model_token_for_token(handovers: list[Handover]) -> None:
     """Batch 1: 20 latent steps and 32 tokens on top of them, each side making its own latents from the same prompt."""
     for handover in handovers:
-        deviation = relative_deviation(latents(handover.context).embeddings, handover.thought.embeddings)
+        deviation = relative_deviation(fed_latents(handover.context), handover.thought.embeddings)
         print(f"latents deviate by {deviation:.1e}; smallest top-2 gap {min(handover.expected.gaps):.4f}")
     for handover in handovers:
         assert handover.context.token_ids() == tuple(handover.prompt)
@@ -135,35 +129,31 @@ def test_a_handover_is_the_uncached_model_token_for_token(handovers: list[Handov
 
 
 @pytest.fixture(scope="module")
-def lineages(handovers: list[Handover]) -> list[list[Any]]:
-    """Eight lineages of different lengths: ids and the reference's latents."""
-    thoughts = [(h.prompt, h.thought.embeddings) for h in handovers]
+def contexts(handovers: list[Handover]) -> list[Context]:
+    """Eight lineages of different lengths, of the reference's latents, without KV-caches."""
     return [
-        [*prompt[: len(prompt) - 3 * n], *embeddings[: STEPS - 2 * n]]
+        thought_context(
+            handover.context,
+            handover.prompt[: len(handover.prompt) - 3 * n],
+            handover.thought.embeddings[: STEPS - 2 * n],
+        )
         for n in range(3)
-        for prompt, embeddings in thoughts
+        for handover in handovers
     ][:8]
-
-
-def as_context(lineage: Sequence[Any], like: Context) -> Context:
-    ids = tuple(p for p in lineage if isinstance(p, int))
-    fed = torch.stack([p for p in lineage if not isinstance(p, int)])
-    return Context(like.fingerprint, like.dtype, (TokenSegment(ids), LatentSegment(fed, latents(like).recipe)))
 
 
 @pytest.mark.parametrize("company", ["alone", "batched"])
 async def test_teacher_forced_keys_and_values_agree(
-    company: str, engine: LatentEngine, reference: Reference, lineages: list[list[Any]], handovers: list[Handover]
+    company: str, engine: LatentEngine, reference: Reference, contexts: list[Context]
 ) -> None:
     """Fed the same tokens and latents, keys and values of all layers are the uncached model's to 1e-4."""
-    contexts = [as_context(lineage, handovers[0].context) for lineage in lineages]
     replayed = await replay_all(engine, contexts, together=company == "batched")
 
     deviations = []
-    for context, lineage in zip(replayed, lineages, strict=True):
+    for context in replayed:
         assert context.kv is not None
-        assert context.kv_len == len(lineage)
-        found, expected = context.kv.to_host().layers, reference.teacher_forced(lineage).layers
+        assert context.kv_len == len(context)
+        found, expected = context.kv.to_host().layers, reference.teacher_forced(positions(context.lineage)).layers
         for (keys, values), (expected_keys, expected_values) in zip(found, expected, strict=True):
             deviations.append(relative_deviation(keys, expected_keys))
             deviations.append(relative_deviation(values, expected_values))
@@ -179,10 +169,9 @@ async def replay_all(engine: LatentEngine, contexts: list[Context], *, together:
 
 @pytest.mark.parametrize("company", ["alone", "batched"])
 async def test_teacher_forced_logits_agree(
-    company: str, engine: LatentEngine, reference: Reference, lineages: list[list[Any]], handovers: list[Handover]
+    company: str, engine: LatentEngine, reference: Reference, contexts: list[Context]
 ) -> None:
     """On replayed contexts, the log-probabilities of what is decoded are the uncached model's to 1e-4."""
-    contexts = [as_context(lineage, handovers[0].context) for lineage in lineages]
 
     async def answer(context: Context) -> Generation:
         return await engine.agenerate("Go on.", context=context, max_tokens=4, logprobs=20)
@@ -242,7 +231,7 @@ async def test_latent_steps_in_company_deviate_by_rounding(engine: LatentEngine)
     alone = [await engine.athink(question, steps=STEPS) for question in QUESTIONS[:4]]
 
     for question, one, many in zip(QUESTIONS, alone, together, strict=False):
-        a, b = latents(one).embeddings, latents(many).embeddings
+        a, b = fed_latents(one), fed_latents(many)
         by_step = {step: relative_deviation(b[step - 1], a[step - 1]) for step in (1, 5, 10, 20)}
         print(f"{question!r}: " + ", ".join(f"step {step} {value:.1e}" for step, value in by_step.items()))
         assert by_step[1] < 1e-3
@@ -259,7 +248,7 @@ async def test_batch_invariant_results_are_bit_equal_in_company(
 
     for question, company, answer in zip(QUESTIONS[:3], thoughts[:3], list(reversed(answers))[:3], strict=True):
         alone = other_invariant.think(question, steps=8)
-        assert torch.equal(latents(company).embeddings, latents(alone).embeddings)
+        assert torch.equal(fed_latents(company), fed_latents(alone))
         assert_same_kv(company, alone)
         assert answer.logprobs == other_invariant.generate(question, max_tokens=8, logprobs=5).logprobs
 
@@ -376,14 +365,15 @@ def test_under_a_budget_for_one_of_four_contexts_all_answer_the_same(
 def test_what_the_context_says_matters(engine: LatentEngine, handovers: list[Handover]) -> None:
     """Another context, no context, and the same context with its latents zeroed: other logits each time."""
     solve = HANDOVERS[0][1]
-    zeroed = bare(handovers[0].context, torch.zeros_like(latents(handovers[0].context).embeddings))
+    context, prompt, fed = handovers[0].context, handovers[0].prompt, fed_latents(handovers[0].context)
+    replayed, zeroed = (thought_context(context, prompt, latents) for latents in (fed, torch.zeros_like(fed)))
 
     def ask(context: Context | None) -> dict[int, float]:
         return first_token(engine.generate(solve, context=context, max_tokens=1, logprobs=20))
 
     right = first_token(handovers[0].answer)
     changes = {
-        "itself, replayed": change(right, ask(bare(handovers[0].context))),
+        "itself, replayed": change(right, ask(replayed)),
         "another context": change(right, ask(handovers[1].context)),
         "no context": change(right, ask(None)),
         "latents zeroed": change(right, ask(zeroed)),

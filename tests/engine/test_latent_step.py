@@ -8,22 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from reference import Reference, relative_deviation
+from reference import ROUNDING, Reference, fed_latents, relative_deviation
 from tiny_models import MAX_POSITIONS, TinyModels
 
-from avp_agents import Context, LatentEngine, LatentSegment
+from avp_agents import LatentEngine, LatentSegment
 from avp_agents.engine.base import ThinkOptions
 from avp_agents.errors import ConfigurationError, ContextWindowError, NumericalError
 
 PROMPT = "What is the sum of 24 and 17? Think before you answer."
 STEPS = 5
-
-
-def latents(context: Context) -> LatentSegment:
-    """The run of latent steps that a context ends in."""
-    segment = context.lineage[-1]
-    assert isinstance(segment, LatentSegment)
-    return segment
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +55,7 @@ def test_soft_is_the_expected_input_embedding(
 
     reference = tiny_reference(name)
     expected = reference.think(reference.render(PROMPT), STEPS, method="soft", **options)
-    assert relative_deviation(latents(context).embeddings, expected.embeddings) < 1e-4
+    assert relative_deviation(fed_latents(context), expected.embeddings) < ROUNDING
 
 
 @pytest.mark.parametrize("k", [4, 256, None])
@@ -76,7 +69,7 @@ def test_rows_without_a_token_never_count(
 
     prompt = reference.render(PROMPT)
     expected = reference.think(prompt, STEPS, k=k, renormalise=True)
-    assert relative_deviation(latents(context).embeddings, expected.embeddings) < 1e-4
+    assert relative_deviation(fed_latents(context), expected.embeddings) < ROUNDING
     assert context.readout is not None
     assert int(context.readout.token_ids.max()) < reference.vocabulary
     assert answer.token_ids == reference.generate(prompt, 16).token_ids
@@ -91,8 +84,8 @@ def test_ridge_solves_the_map_from_output_to_input_space(
 
     reference = tiny_reference(name)
     expected = reference.think(reference.render(PROMPT), STEPS, method="ridge")
-    found = latents(context).embeddings
-    assert relative_deviation(found, expected.embeddings) < 1e-4
+    found = fed_latents(context)
+    assert relative_deviation(found, expected.embeddings) < ROUNDING
     torch.testing.assert_close(found.norm(dim=-1), torch.full((STEPS,), mean_norm(reference)), rtol=1e-4, atol=0)
 
 
@@ -111,8 +104,8 @@ def test_rescaling_alone_does_not_reach_input_space(
     assert torch.cosine_similarity(rescaled, table).abs().mean() < 0.5
 
     engine = engines("rotated")
-    ridge = latents(engine.think(PROMPT, steps=1, method="ridge")).embeddings
-    identity = latents(engine.think(PROMPT, steps=1, method="rescale")).embeddings
+    ridge = fed_latents(engine.think(PROMPT, steps=1, method="ridge"))
+    identity = fed_latents(engine.think(PROMPT, steps=1, method="rescale"))
     assert torch.cosine_similarity(ridge, identity).abs().max() < 0.5
 
 
@@ -124,7 +117,7 @@ def test_rescale_is_the_hidden_state_at_an_embedding_s_norm(
 
     reference = tiny_reference("gemma3")
     expected = reference.think(reference.render(PROMPT), STEPS, method="rescale")
-    assert relative_deviation(latents(context).embeddings, expected.embeddings) < 1e-4
+    assert relative_deviation(fed_latents(context), expected.embeddings) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -132,10 +125,11 @@ def test_rescale_is_the_hidden_state_at_an_embedding_s_norm(
 )
 def test_the_default_method_suits_the_model(name: str, method: str, engines: Callable[[str], LatentEngine]) -> None:
     """Soft where head and input embeddings are tied, or as good as tied ("twin"); ridge where they are not."""
-    recipe = latents(engines(name).think(PROMPT, steps=1)).recipe
+    segment = engines(name).think(PROMPT, steps=1).lineage[-1]
 
-    assert recipe.method == method
-    assert recipe.renormalise == (method == "ridge")
+    assert isinstance(segment, LatentSegment)
+    assert segment.recipe.method == method
+    assert segment.recipe.renormalise == (method == "ridge")
 
 
 def test_options_are_part_of_what_a_context_is(engines: Callable[[str], LatentEngine]) -> None:
@@ -166,7 +160,7 @@ def test_the_readout_is_what_the_model_was_about_to_say(
     top = logits[: reference.vocabulary].softmax(-1).topk(256)
     readout = context.readout
     assert readout is not None
-    assert relative_deviation(readout.hidden, thought.hidden) < 1e-4
+    assert relative_deviation(readout.hidden, thought.hidden) < ROUNDING
     assert readout.probabilities.dtype is torch.float32
     torch.testing.assert_close(readout.probabilities, top.values, rtol=1e-3, atol=1e-6)
     assert readout.token_ids[:5].tolist() == top.indices[:5].tolist()
@@ -196,8 +190,8 @@ def test_stopping_by_entropy(
 
     context = engine.think(PROMPT, steps=12, stop_entropy=limit)
 
-    assert len(latents(context)) == expected
-    assert relative_deviation(latents(context).embeddings, fed[:expected]) < 1e-4
+    assert context.latent_steps == expected
+    assert relative_deviation(fed_latents(context), fed[:expected]) < ROUNDING
 
 
 def test_stopping_by_convergence(
@@ -214,7 +208,7 @@ def test_stopping_by_convergence(
 
     context = engine.think(PROMPT, steps=12, stop_cosine=limit)
 
-    assert len(latents(context)) == expected
+    assert context.latent_steps == expected
 
 
 async def test_infinity_ends_a_request_and_no_other(

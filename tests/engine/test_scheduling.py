@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from reference import Reference, before_answer
@@ -75,8 +76,8 @@ def test_64_threads_half_of_which_give_up(engine: LatentEngine, alone: list[tupl
     def ask(caller: int) -> tuple[int, ...] | None:
         together.wait()
         if caller % 2:
-            stream = engine.stream(PROMPTS[caller], max_tokens=LONG, min_tokens=LONG)
-            next(iter(stream))
+            stream: Any = engine.stream(PROMPTS[caller], max_tokens=LONG, min_tokens=LONG)
+            next(stream)
             stream.close()
             return None
         return engine.generate(PROMPTS[caller], max_tokens=TOKENS).token_ids

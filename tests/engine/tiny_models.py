@@ -125,10 +125,10 @@ UNUSUAL: dict[str, Family] = {
     "rope-switched-by-length": (
         "phi3",
         _llama(
-            original_max_position_embeddings=24,
+            original_max_position_embeddings=48,
             rope_parameters={
                 "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
-                "original_max_position_embeddings": 24,
+                "original_max_position_embeddings": 48,
             },
         ),
     ),
@@ -139,7 +139,13 @@ UNUSUAL: dict[str, Family] = {
             "window_size": WINDOW, "max_position_embeddings": MAX_POSITIONS,
         },
     ),
-    "alibi": ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}),
+    "alibi": (
+        "falcon",
+        {
+            "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "alibi": True,
+            "max_position_embeddings": MAX_POSITIONS,
+        },
+    ),
     "offset-positions": (
         "opt",
         {

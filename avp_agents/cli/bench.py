@@ -1,0 +1,105 @@
+"""``avp-agents bench``: figures of the machine at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from avp_agents.cli.console import print_json, progress_console, result_console
+from avp_agents.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from avp_agents.evals.engine_bench import EngineBench, Figure
+
+bench = typer.Typer(help="Measure on the machine at hand.", no_args_is_help=True)
+
+
+@bench.command("engine")
+def bench_engine(
+    model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    random_weights: Annotated[
+        str | None, typer.Option(help="Folder or name of a configuration; time that shape with random weights.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each comparison.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per decode measurement.")] = 32,
+    group: Annotated[str | None, typer.Option(help="Only this comparison, e.g. steps, decode, pipeline.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Time latent and decode steps, batches, prefill, replay, forks and the pipeline; medians of interleaved runs."""
+    if model is not None and random_weights is not None:
+        raise typer.BadParameter("Give --model or --random-weights, not both.")
+    with contextlib.redirect_stdout(sys.stderr), ExitStack() as open_engines:
+        console = progress_console()
+        with console.status("Importing torch and transformers") as status:
+            from avp_agents.evals.engine_bench import machine
+
+            status.update("Loading the model")
+            measured = _open(open_engines, model, random_weights, dtype, device)
+            measured.repeats, measured.tokens, measured.report = repeats, tokens, status.update
+            figures = _measure(measured, group)
+            where = machine(measured.engine)
+    if as_json:
+        print_json({"machine": where, "figures": [asdict(figure) for figure in figures]})
+    else:
+        _show(where, figures)
+
+
+def _open(
+    engines: ExitStack, model: str | None, random_weights: str | None, dtype: str, device: str | None
+) -> EngineBench:
+    from avp_agents.engine.latent_engine import LatentEngine
+    from avp_agents.engine.loading import DTYPES
+    from avp_agents.evals.engine_bench import EngineBench
+    from avp_agents.evals.peers import TransformersPeer
+    from avp_agents.evals.random_weights import random_engine
+    from avp_agents.store import MemoryStore
+
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if random_weights is not None:
+        return EngineBench(engines.enter_context(random_engine(random_weights, DTYPES[dtype], device)), None, None)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    engine, invariant = (
+        engines.enter_context(
+            LatentEngine.from_pretrained(model, store=MemoryStore(), batch_invariant=invariant, **options)
+        )
+        for invariant in (False, True)
+    )
+    return EngineBench(engine, invariant, TransformersPeer(engine.model_path, DTYPES[dtype], engine.device))
+
+
+def _measure(measured: EngineBench, group: str | None) -> list[Figure]:
+    if group is None:
+        return measured.run()
+    measures = measured.groups()
+    if group not in measures:
+        raise ConfigurationError(f"Unknown group {group!r}; choose one of {', '.join(measures)}.")
+    return measures[group]()
+
+
+def _show(where: dict[str, Any], figures: list[Figure]) -> None:
+    console = result_console()
+    console.print("  ".join(f"[bold]{key}[/] {value}" for key, value in where.items()))
+    table = Table("comparison", "what")
+    table.add_column("figure", justify="right")
+    table.add_column("unit")
+    table.add_column("note")
+    for figure, last in _with_ends(figures):
+        value = "-" if figure.value is None else f"{figure.value:,.2f}"
+        table.add_row(figure.group, figure.name, value, figure.unit, figure.note, end_section=last)
+    console.print(table)
+
+
+def _with_ends(figures: list[Figure]) -> Iterator[tuple[Figure, bool]]:
+    """Each figure, and whether it is the last of its group."""
+    for index, figure in enumerate(figures):
+        yield figure, index + 1 == len(figures) or figures[index + 1].group != figure.group

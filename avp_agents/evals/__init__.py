@@ -1,0 +1,1 @@
+"""Benchmarks: what the engine costs on the machine at hand, measured side by side in one run."""

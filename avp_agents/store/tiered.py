@@ -1,0 +1,210 @@
+"""A small fast store over a large durable one."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import logging
+import threading
+
+from avp_agents.context import Context, ContextHandle
+from avp_agents.errors import ConfigurationError, ContextLostError, StoreError, StoreFullError
+from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.disk import DiskStore
+from avp_agents.store.memory import MemoryStore
+from avp_agents.store.namespace import Namespace
+from avp_agents.store.values import same_values
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MEMORY_BYTES = 1 << 30
+DEFAULT_DISK_BYTES = 10 << 30
+
+
+def default_store(namespace: Namespace | str = "default") -> TieredStore:
+    """Memory (1 GiB) over a folder in the user's cache folder (10 GiB).
+
+    Raises:
+        NamespaceKeyError: The namespace's key cannot be used.
+        StoreError: The folder cannot be created.
+    """
+    tenant = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+    return TieredStore(
+        MemoryStore(namespace=tenant, byte_budget=DEFAULT_MEMORY_BYTES),
+        DiskStore(namespace=tenant, byte_budget=DEFAULT_DISK_BYTES),
+    )
+
+
+class TieredStore(ContextStore):
+    """Lineages go to both tiers at once, KV-caches to the lower one only when the upper one evicts them.
+
+    The lower tier decides what exists: what was deleted or has expired there, by whichever process, is gone here too.
+    The upper one makes it fast.
+
+    Args:
+        upper: The fast tier. It belongs to this store from now on.
+        lower: The durable tier, perhaps shared with other processes.
+
+    Raises:
+        ConfigurationError: The tiers have different namespaces or keys.
+    """
+
+    def __init__(self, upper: MemoryStore, lower: ContextStore) -> None:
+        if upper.namespace != lower.namespace:
+            raise ConfigurationError(
+                f"Both tiers need one namespace and key; got {upper.namespace.name!r} and {lower.namespace.name!r}."
+            )
+        budgets = upper.byte_budget, lower.byte_budget
+        total = None if None in budgets else sum(budget for budget in budgets if budget is not None)
+        super().__init__(namespace=lower.namespace, byte_budget=total, ttl=lower.ttl)
+        self.upper, self.lower = upper, lower
+        self._counts_lock = threading.Lock()
+        self._hits = self._misses = 0
+        upper.spill_to(self._spill)
+
+    def put(
+        self,
+        context: Context,
+        *,
+        kv: bool = True,
+        scope: str = "",
+        agent: str = "",
+        text: str = "",
+        ttl: float | None = None,
+    ) -> ContextHandle:
+        """See `ContextStore.put`. The lineage is in the lower tier when this returns, the KV-cache in the upper."""
+        known = self.lower.contains(self.id_of(context, scope=scope))
+        handle = self.lower.put(context, kv=False, scope=scope, agent=agent, text=text, ttl=ttl)
+        if known and not self.upper.contains(handle):
+            stored = self.lower.get(handle, scope=scope)
+            if not same_values(stored, context):
+                self._keep_above(stored)
+                return handle
+        self._keep_above(context, kv=kv)
+        return handle
+
+    def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
+        """See `ContextStore.get`. What only the lower tier has is promoted."""
+        try:
+            context = self._find(id_of_handle(handle), scope)
+        except ContextLostError:
+            self._count(hit=False)
+            raise
+        self._count(hit=True)
+        return context
+
+    def contains(self, handle: AnyHandle) -> bool:
+        """See `ContextStore.contains`."""
+        return self.lower.contains(handle) or (self.upper.contains(handle) and self.lower.touch(handle))
+
+    def touch(self, handle: AnyHandle) -> bool:
+        """See `ContextStore.touch`."""
+        self.upper.touch(handle)
+        return self.lower.touch(handle)
+
+    def delete(self, handle: AnyHandle) -> bool:
+        """See `ContextStore.delete`."""
+        found = self.lower.delete(handle)
+        self.upper.delete(handle)
+        return found
+
+    def add_kv(self, context: Context) -> bool:
+        """See `ContextStore.add_kv`. It goes to the upper tier where that has the context, else to the lower."""
+        if not self.lower.contains(context.to_handle()):
+            return False
+        return self.upper.add_kv(context) or self.lower.add_kv(context)
+
+    def drop_kv(self, handle: AnyHandle) -> int:
+        """See `ContextStore.drop_kv`."""
+        return self.upper.drop_kv(handle) + self.lower.drop_kv(handle)
+
+    def pin(self, handle: AnyHandle) -> None:
+        """See `ContextStore.pin`."""
+        self.lower.pin(handle)
+        with contextlib.suppress(ContextLostError):
+            self.upper.pin(handle)
+
+    def unpin(self, handle: AnyHandle) -> None:
+        """See `ContextStore.unpin`."""
+        self.lower.unpin(handle)
+        self.upper.unpin(handle)
+
+    def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
+        """See `ContextStore.list`."""
+        return self.lower.list(scope=scope)
+
+    def prune(self) -> PruneReport:
+        """See `ContextStore.prune`. Reports what left the lower tier."""
+        self.upper.prune()
+        report = self.lower.prune()
+        alive = {handle.id for handle in self.lower.list()}
+        for handle in self.upper.list():
+            if handle.id not in alive:
+                self.upper.delete(handle)
+        return report
+
+    def stats(self) -> StoreStats:
+        """See `ContextStore.stats`. Contexts, segments and pins are the lower tier's; bytes are those of both."""
+        upper, lower = self.upper.stats(), self.lower.stats()
+        with self._counts_lock:
+            return StoreStats(
+                contexts=lower.contexts,
+                segments=lower.segments,
+                pinned=lower.pinned,
+                lineage_bytes=upper.lineage_bytes + lower.lineage_bytes,
+                kv_bytes=upper.kv_bytes + lower.kv_bytes,
+                byte_budget=self.byte_budget,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=upper.evictions + lower.evictions,
+                integrity_failures=upper.integrity_failures + lower.integrity_failures,
+            )
+
+    def close(self) -> None:
+        """Close both tiers."""
+        self.upper.close()
+        self.lower.close()
+
+    def _find(self, handle_id: str, scope: str | None) -> Context:
+        """From the upper tier, or from the lower if that has more of it."""
+        if not self.lower.touch(handle_id):
+            self.upper.delete(handle_id)
+            raise ContextLostError(f"{handle_id} is in no tier (for this namespace and scope), or no longer.")
+        try:
+            context = self.upper.get(handle_id, scope=scope)
+        except ContextLostError:
+            stored = self.lower.get(handle_id, scope=scope)
+            self._keep_above(stored)
+            return stored
+        return context if context.kv is not None else self._with_stored_kv(context, handle_id, scope)
+
+    def _with_stored_kv(self, context: Context, handle_id: str, scope: str | None) -> Context:
+        """A context of the upper tier with the KV-cache that the lower one has of it, if it has one."""
+        try:
+            stored = self.lower.get(handle_id, scope=scope)
+        except ContextLostError:
+            return context
+        if stored.kv is None or not same_values(stored, context):
+            return context
+        self._keep_above(stored)
+        return stored
+
+    def _keep_above(self, context: Context, *, kv: bool = True) -> None:
+        """Keep a context of the lower tier in the upper, if it fits there."""
+        try:
+            self.upper.keep(context, context.to_handle(), kv=kv)
+        except StoreFullError:
+            if kv:
+                self.lower.add_kv(context)
+
+    def _spill(self, context: Context) -> None:
+        """Keep in the lower tier what the upper evicted."""
+        try:
+            self.lower.add_kv(context)
+        except StoreError as error:
+            log.warning("An evicted KV-cache was not kept (its lineage is): %s", error)
+
+    def _count(self, *, hit: bool) -> None:
+        with self._counts_lock:
+            self._hits += hit
+            self._misses += not hit

@@ -1,0 +1,56 @@
+"""avp-agents for LangChain and LangGraph: agents that hand over contexts instead of text.
+
+>>> from avp_langgraph import AvpChatModel
+>>> researcher = AvpChatModel(mode="latent", latent_steps=20)
+>>> solver = AvpChatModel()
+
+Importing this package loads neither torch nor weights.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if find_spec("langchain_core") is None:
+    raise ModuleNotFoundError(
+        'avp_langgraph needs LangChain and LangGraph. Install them with: pip install "avp-agents[langgraph]"',
+        name="langchain_core",
+    )
+
+if TYPE_CHECKING:
+    from avp_langgraph.chat_model import AvpChatModel
+    from avp_langgraph.engines import close_engines, shared_engine
+    from avp_langgraph.exchange import AvpContextOverflowError
+    from avp_langgraph.nodes import GenerateNode, ThinkNode
+    from avp_langgraph.state import ContextState, merge_contexts
+
+_HOME = {
+    "AvpChatModel": "chat_model",
+    "AvpContextOverflowError": "exchange",
+    "ContextState": "state",
+    "GenerateNode": "nodes",
+    "ThinkNode": "nodes",
+    "close_engines": "engines",
+    "merge_contexts": "state",
+    "shared_engine": "engines",
+}
+
+__all__ = [
+    "AvpChatModel", "AvpContextOverflowError", "ContextState", "GenerateNode", "ThinkNode", "close_engines",
+    "merge_contexts", "shared_engine",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'avp_langgraph' has no attribute {name!r}")
+    value = getattr(import_module(f"avp_langgraph.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
