@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from avp_agents.engine.base import Engine
+from avp_agents.errors import ConfigurationError
 
 ENTRY_POINT_GROUP = "avp_agents.demos"
 
@@ -81,6 +83,11 @@ class GraphRun:
         return self.agents[-1].mode
 
     @property
+    def latent_steps(self) -> int:
+        """Latent steps that all agents ran."""
+        return sum(agent.latent_steps for agent in self.agents)
+
+    @property
     def tokens_decoded(self) -> int:
         """Tokens that all agents decoded."""
         return sum(agent.tokens_decoded for agent in self.agents)
@@ -130,3 +137,22 @@ class Demo(Protocol):
     def __call__(self, engine: Engine, request: DemoRequest, report: Callable[[str], None]) -> Comparison:
         """Run both graphs, after warming the model, telling `report` what is going on."""
         ...
+
+
+def find_demo(framework: str) -> Demo:
+    """The demo that a framework's integration registered.
+
+    Raises:
+        ConfigurationError: It is not registered, or the framework is not installed.
+    """
+    found = tuple(entry_points(group=ENTRY_POINT_GROUP, name=framework))
+    if not found:
+        raise ConfigurationError(
+            f"No demo is registered for {framework!r}. Install avp-agents with pip, not only its source folder."
+        )
+    try:
+        return found[0].load()
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"The demo needs {error.name!r}, which is not installed: pip install 'avp-agents[{framework}]'"
+        ) from error

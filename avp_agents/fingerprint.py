@@ -45,8 +45,8 @@ def model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         UnsupportedModelError: Some weights are not in memory (offloaded to disk), so that they cannot be sampled.
     """
     digest = hashlib.blake2b(b"avp-fingerprint-1", digest_size=32)
-    config = model.config.get_text_config()
-    described = {name: getattr(config, name) for name in _CONFIG_FIELDS if getattr(config, name, None) is not None}
+    config = model.config.get_text_config().to_dict()
+    described = {name: config[name] for name in _CONFIG_FIELDS if config.get(name) is not None}
     digest.update(_canonical_json(described))
     digest.update(_canonical_json(_quantisation(model)))
     digest.update(_canonical_json(sorted(tokenizer.get_vocab().items())))

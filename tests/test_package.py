@@ -7,7 +7,6 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -81,11 +80,10 @@ def test_the_langgraph_demo_is_registered() -> None:
     assert callable(demo.load())
 
 
-def readme_blocks(kind: str) -> Iterator[tuple[str, str]]:
+def readme_blocks(kind: str) -> list[tuple[str, str]]:
     """Name and text of the README's code blocks that a ``<!-- kind: name -->`` marker stands before."""
     text = (ROOT / "README.md").read_text()
-    for name, block in re.findall(rf"<!-- {kind}: (\w+) -->\n```\w+\n(.*?)```", text, re.DOTALL):
-        yield name, block
+    return re.findall(rf"<!-- {kind}: (\w+) -->\n```\w+\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_readme_has_the_two_commands_that_ci_runs() -> None:

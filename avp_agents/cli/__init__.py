@@ -1,4 +1,4 @@
-"""The command line: ``avp-agents demo | doctor``.
+"""The command line: ``avp-agents demo | doctor | bench``.
 
 Commands import torch, transformers and the engine when they run, so that ``--help`` answers at once.
 """

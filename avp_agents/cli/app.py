@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import avp_agents
+from avp_agents.cli.bench import bench
 from avp_agents.cli.console import print_error
 from avp_agents.cli.demo import demo
 from avp_agents.cli.doctor import doctor
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.add_typer(bench, name="bench")
 
 
 def _print_version(asked: bool) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from avp_agents.cli.console import print_json, progress_console, result_console
-from avp_agents.demo import ENTRY_POINT_GROUP, AgentRun, Comparison, Demo, DemoRequest
-from avp_agents.errors import ConfigurationError
+from avp_agents.demo import AgentRun, Comparison, Demo, DemoRequest, GraphRun, find_demo
+from avp_agents.models import resolve_model
 
 QUESTION = (
     "A baker makes 24 muffins in the morning and half as many in the afternoon. "
@@ -37,43 +37,26 @@ def demo(
     if not question.strip():
         raise typer.BadParameter("The question is empty.", param_hint="--question")
     request = DemoRequest(question, latent_steps=steps, researcher_tokens=researcher_tokens, max_tokens=max_tokens)
-    run = _find_demo("langgraph")
     with contextlib.redirect_stdout(sys.stderr):
-        comparison = _run(run, model, request)
+        comparison = _run(find_demo("langgraph"), model, request)
     if as_json:
         print_json(comparison.to_json())
     else:
         _show(request, comparison)
 
 
-def _find_demo(framework: str) -> Demo:
-    """The demo that a framework's integration registered.
-
-    Raises:
-        ConfigurationError: It is not registered, or the framework is not installed.
-    """
-    found = tuple(entry_points(group=ENTRY_POINT_GROUP, name=framework))
-    if not found:
-        raise ConfigurationError(
-            f"No demo named {framework!r} is registered. Install avp-agents with pip; a bare source folder is not enough."
-        )
-    try:
-        return found[0].load()
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"The demo needs {error.name!r}, which is not installed: pip install 'avp-agents[{framework}]'"
-        ) from error
-
-
 def _run(run: Demo, model: str | None, request: DemoRequest) -> Comparison:
     """Load the model, run both graphs, and tell on stderr what is going on."""
-    console = progress_console()
-    with console.status("Importing torch and transformers") as status:
+    name = resolve_model(model)
+    with progress_console().status("Importing torch and transformers") as status:
+        from transformers.utils import logging
+
         from avp_agents.engine.latent_engine import LatentEngine
         from avp_agents.store import MemoryStore
 
+        logging.disable_progress_bar()
         status.update("Loading the model")
-        with LatentEngine.from_pretrained(model, store=MemoryStore()) as engine:
+        with LatentEngine.from_pretrained(name, store=MemoryStore()) as engine:
             return run(engine, request, report=status.update)
 
 
@@ -84,23 +67,15 @@ def _show(request: DemoRequest, comparison: Comparison) -> None:
     console.print(f"\n[bold]Question[/]  {escape(request.question)}\n")
     for name, run in (("latent", latent), ("text", text)):
         console.print(f"[bold]{name:<6}[/]    START → {_drawing(run.agents)} → END")
-    table = Table(title="What each agent did", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("graph")
-    table.add_column("agent")
-    for heading in ("seconds", "latent steps", "tokens decoded", "positions reused", "bytes handed over"):
-        table.add_column(heading, justify="right")
+    for heading in ("seconds", "latent\nsteps", "tokens\ndecoded", "positions\nreused", "bytes\nhanded over"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("handoff")
     for name, run in (("latent", latent), ("text", text)):
+        table.add_row(name, *_figures(run), style="bold")
         for agent in run.agents:
-            table.add_row(
-                name, agent.agent, f"{agent.seconds:.2f}", str(agent.latent_steps), str(agent.tokens_decoded),
-                str(agent.positions_reused), str(agent.bytes_handed_over), agent.mode,
-            )  # fmt: skip
-        table.add_row(
-            f"[bold]{name}[/]", "[bold]both[/]", f"[bold]{run.seconds:.2f}[/]",
-            str(sum(agent.latent_steps for agent in run.agents)), str(run.tokens_decoded), str(run.positions_reused),
-            str(run.bytes_handed_over), f"[bold]{run.mode}[/]", end_section=True,
-        )  # fmt: skip
+            table.add_row(f"  {agent.agent}", *_figures(agent), end_section=agent is run.agents[-1])
     console.print()
     console.print(table)
     console.print(f"\n[bold]Answer, latent[/]  {escape(latent.answer)}")
@@ -109,6 +84,12 @@ def _show(request: DemoRequest, comparison: Comparison) -> None:
         f"\n[bold]text / latent = {comparison.ratio:.2f}[/]  "
         f"({text.seconds:.2f} s / {latent.seconds:.2f} s, model warmed up before both)\n"
     )
+
+
+def _figures(run: GraphRun | AgentRun) -> tuple[str, ...]:
+    """The cells of a row, for a graph or for one of its agents."""
+    counts = (run.latent_steps, run.tokens_decoded, run.positions_reused, run.bytes_handed_over)
+    return (f"{run.seconds:.2f}", *map(str, counts), run.mode)
 
 
 def _drawing(agents: tuple[AgentRun, ...]) -> str:

@@ -148,12 +148,18 @@ class KvPool:
                 self.touch(source)
                 return source
             region = self._allocate(capacity, spare=source)
-            if region is None:
-                return None
-            if source is not None and length:
+            if region is not None and source is not None:
                 self._copy(source, region, length)
-            region.written, region.writer = length if source is not None else 0, True
-            self.touch(region)
+                region.written = length
+            elif region is None and parent is not None and not any(r.writer for r in self._regions):
+                # no room for both, and nobody whose end would make some: the parent's memory gives way
+                kept = self.read(parent, 0, length)
+                region = self._allocate(capacity, spare=None)
+                if region is not None:
+                    self.upload(region, kept, length)
+            if region is not None:
+                region.writer = True
+                self.touch(region)
             return region
 
     def upload(self, region: Region, kv: HostKv, length: int) -> None:

@@ -125,6 +125,18 @@ class LatentStep:
         renormalise = method != "soft" if renormalise is None else renormalise
         return LatentRecipe(method, k, temperature, renormalise, steps, stop_cosine, stop_entropy)
 
+    @torch.inference_mode()
+    def prepare(self, recipe: LatentRecipe) -> None:
+        """Compute what f needs once per model, outside of the scheduler's thread.
+
+        Raises:
+            UnsupportedModelError: The method needs a head that this model does not have.
+        """
+        if recipe.method == "ridge":
+            self.ridge_map  # noqa: B018  (cached)
+        if recipe.renormalise:
+            self.mean_norm  # noqa: B018  (cached)
+
     def needs_logits(self, recipe: LatentRecipe) -> bool:
         """Whether f or a stopping rule looks at the next-token distribution."""
         return recipe.method == "soft" or recipe.stop_entropy is not None
@@ -200,4 +212,4 @@ class LatentStep:
             gram += out.T @ out
             cross += out.T @ into
         gram.diagonal().add_(RIDGE_LAMBDA)
-        return torch.linalg.solve(gram, cross).float()
+        return torch.linalg.solve(gram, cross).float().contiguous()

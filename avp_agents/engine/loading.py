@@ -70,7 +70,7 @@ class Forward:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._decoder = _decoder(model)
+        self._decoder = decoder_of(model)
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._keeps = "logits_to_keep" in parameters
@@ -100,11 +100,11 @@ class Forward:
         if layout is not None:
             inputs["avp_layout"] = layout
         if logits_at is None:
-            return _last_hidden(self._decoder(**inputs))[0], None
+            return last_hidden(self._decoder(**inputs))[0], None
         if self._keeps:
             inputs["logits_to_keep"] = logits_at
         caught: list[torch.Tensor] = []
-        hook = self._decoder.register_forward_hook(lambda _m, _i, output: caught.append(_last_hidden(output)))
+        hook = self._decoder.register_forward_hook(lambda _m, _i, output: caught.append(last_hidden(output)))
         try:
             logits = self._model(**inputs).logits[0]
         finally:
@@ -160,16 +160,16 @@ def load_model(
     target = torch.device(device) if device is not None else _default_device()
     try:
         config = AutoConfig.from_pretrained(name_or_path, **_hub_options(options))
-        _refuse_encoder_decoder(config, name_or_path)
+        _refuse(config, name_or_path)
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             dtype=_choose_dtype(dtype, config, target),
-            attn_implementation=_registered_attention(),
+            attn_implementation="eager",
             **_with_plain_gguf_weights(options),
         )
     except AvpError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise _explain(error, name_or_path) from error
     for adapter in adapters:
         model.load_adapter(adapter)
@@ -189,7 +189,7 @@ def load_tokenizer(name_or_path: str, options: Mapping[str, Any]) -> TokenizerFi
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
         config = AutoConfig.from_pretrained(name_or_path, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise _explain(error, name_or_path) from error
     return TokenizerFiles(tokenizer, window(config, name_or_path), eos_ids(_declared_eos(name_or_path, hub), tokenizer))
 
@@ -201,6 +201,7 @@ def prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, pack:
         UnsupportedModelError: The architecture cannot be represented exactly.
     """
     model.requires_grad_(False)
+    _use_pooled_attention(model)
     fingerprint = model_fingerprint(model, tokenizer)
     weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -281,14 +282,20 @@ def _layer_shapes(model: PreTrainedModel, vocabulary: Vocabulary) -> tuple[Layer
     return tuple(layer.shapes[0] for layer in layers)
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head.
+
+    Raises:
+        UnsupportedModelError: It has none.
+    """
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder to read hidden states from.")
     return decoder
 
 
-def _last_hidden(output: Any) -> torch.Tensor:
+def last_hidden(output: Any) -> torch.Tensor:
+    """A decoder's hidden states after the final norm, ``[1, T, hidden]``."""
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
 
 
@@ -323,14 +330,24 @@ def _with_plain_gguf_weights(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def _registered_attention() -> str:
+def _use_pooled_attention(model: PreTrainedModel) -> None:
     attention.register()
-    return attention.IMPLEMENTATION
+    try:
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no exchangeable attention, so it cannot run on the engine's KV pool."
+        ) from error
 
 
-def _refuse_encoder_decoder(config: Any, name: str) -> None:
+def _refuse(config: Any, name: str) -> None:
+    """What the configuration alone rules out."""
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; the engine runs decoder-only models.")
+    if config.get_text_config().to_dict().get("hidden_size_per_layer_input"):
+        raise UnsupportedModelError(
+            f"{name} looks up an embedding of the token in every layer, and a latent position has no token."
+        )
 
 
 def _explain(error: Exception, name: str) -> AvpError:
@@ -351,6 +368,10 @@ def window(config: Any, name: str) -> int:
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if positions is None:
         raise UnsupportedModelError(f"{name}: the configuration does not say how many positions the model supports.")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # beyond this length all rotations change, so keys that are in a cache already would no longer fit
+        positions = min(positions, rope.get("original_max_position_embeddings") or positions)
     return int(positions)
 
 

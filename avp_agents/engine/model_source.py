@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from avp_agents.engine.attention import IMPLEMENTATION, register
 from avp_agents.engine.loading import LoadedModel, TokenizerFiles, eos_ids, load_model, load_tokenizer, prepare, window
 
 
@@ -67,6 +66,4 @@ class InMemory:
 
     def load(self, tokenizer: PreTrainedTokenizerBase, *, pack: bool) -> LoadedModel:
         """Make it ready to run."""
-        register()
-        self.model.set_attn_implementation(IMPLEMENTATION)
         return prepare(self.model.eval(), tokenizer, pack=pack)

@@ -6,7 +6,7 @@ import torch
 
 from avp_agents.engine.attention import IMPLEMENTATION, Layout, PoolCache, Row
 from avp_agents.engine.kv_pool import KvPool
-from avp_agents.engine.loading import Forward, LoadedModel
+from avp_agents.engine.loading import Forward, LoadedModel, decoder_of, last_hidden
 from avp_agents.errors import UnsupportedModelError
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -24,9 +24,14 @@ def verify_exactness(loaded: LoadedModel, pool: KvPool) -> None:
     if pool.positions < _LONG + _SHORT:
         return
     ids = torch.randint(0, loaded.vocabulary.size, (_LONG + _SHORT,), generator=torch.Generator().manual_seed(0))
-    embeddings = loaded.vocabulary.embed(ids.to(loaded.device))
-    pooled = _pooled(loaded, pool, embeddings)
-    plain = _plain(loaded, embeddings)
+    ids = ids.to(loaded.device)
+    try:
+        pooled = _pooled(loaded, pool, loaded.vocabulary.embed(ids))
+        plain = _plain(loaded, ids)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(loaded.model).__name__} does not run on the KV pool: {type(error).__name__}: {error}"
+        ) from error
     deviation = float((pooled - plain).norm(dim=-1).max() / plain.norm(dim=-1).mean())
     if not deviation <= TOLERANCE[loaded.dtype]:
         raise UnsupportedModelError(
@@ -57,14 +62,14 @@ def _pass(
     return forward(inputs, positions.to(inputs.device), None, cache, layout)[0].float()
 
 
-def _plain(loaded: LoadedModel, embeddings: torch.Tensor) -> torch.Tensor:
-    """The same positions, each row alone, without cache, by transformers' own eager attention."""
+def _plain(loaded: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The same positions from their ids, each row alone, without cache, by transformers' own eager attention."""
     model = loaded.model
-    forward = Forward(model)
+    decoder = decoder_of(model)
     model.set_attn_implementation("eager")
     try:
-        rows = (embeddings[:_LONG], embeddings[_LONG:])
-        hidden = [forward(r, torch.arange(len(r), device=r.device), None, None, None)[0].float() for r in rows]
+        rows = (ids[:_LONG], ids[_LONG:])
+        hidden = [last_hidden(decoder(input_ids=row[None], use_cache=False))[0].float() for row in rows]
     finally:
         model.set_attn_implementation(IMPLEMENTATION)
     return torch.cat(hidden)

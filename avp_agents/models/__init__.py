@@ -5,6 +5,6 @@ default_model()              the folder of the default model, fetched once per u
 default_model_status()       whether it is there, without fetching it
 """
 
-from avp_agents.models.default_model import DefaultModelStatus, default_model, default_model_status, resolve_model
+from avp_agents.models.embedded import DefaultModelStatus, default_model, default_model_status, resolve_model
 
 __all__ = ["DefaultModelStatus", "default_model", "default_model_status", "resolve_model"]

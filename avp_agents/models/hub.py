@@ -16,7 +16,7 @@ from avp_agents.models.progress import download_bar
 from avp_agents.models.source import SourceFailedError
 
 SECONDS_TO_ANSWER = 3.0
-"""A hub that does not answer costs this for connecting and this for reading, once."""
+"""What a hub that does not answer costs, once for connecting and once for reading."""
 
 WHOLE_MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """What is downloaded of any other model that is named by its hub id."""
@@ -44,19 +44,31 @@ class HubSource:
 
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repository, repo_type="model")
         total = sum(record.bytes for record in self.files.values())
-        with download_bar(console, self.repository, cache, total), _silent_hub():
-            for name in self.files:
-                _take_over(self._download(name), folder / name)
+        paths = self._cached()
+        if paths is None:
+            with download_bar(console, self.repository, cache, total), _silent_hub():
+                paths = self._download()
+        for name, path in paths.items():
+            _take_over(path, folder / name)
         if damage := Manifest(str(self), dict(self.files)).find_damage(folder, checksums=True):
             raise SourceFailedError(damage)
 
-    def _download(self, name: str) -> Path:
+    def _cached(self) -> dict[str, Path] | None:
+        """The files in the hub's cache; None unless all are there."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = {n: try_to_load_from_cache(self.repository, n, revision=self.revision) for n in self.files}
+        paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+        return paths if len(paths) == len(self.files) else None
+
+    def _download(self) -> dict[str, Path]:
+        """The files, downloaded into the hub's cache."""
         from huggingface_hub import hf_hub_download
 
+        _ask_hub(self.repository, self.revision)
         try:
-            return Path(hf_hub_download(self.repository, name, revision=self.revision, etag_timeout=SECONDS_TO_ANSWER))
-        # The hub's client lets the errors of its HTTP library through, which differs from release to release.
-        except Exception as error:
+            return {name: Path(hf_hub_download(self.repository, name, revision=self.revision)) for name in self.files}
+        except Exception as error:  # the client lets the errors of its HTTP library through, and that one changes
             raise SourceFailedError(_reason(error)) from error
 
 
@@ -69,8 +81,22 @@ def download_any(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(WHOLE_MODEL), etag_timeout=SECONDS_TO_ANSWER))
-    except Exception as error:  # as above
+        return Path(snapshot_download(repository, allow_patterns=list(WHOLE_MODEL)))
+    except Exception as error:  # see HubSource._download
+        raise SourceFailedError(_reason(error)) from error
+
+
+def _ask_hub(repository: str, revision: str) -> None:
+    """See whether the hub answers at all: one request, without the patience that the client has for downloads.
+
+    Raises:
+        SourceFailedError: It does not, or does not know the revision.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=SECONDS_TO_ANSWER)
+    except Exception as error:  # see HubSource._download
         raise SourceFailedError(_reason(error)) from error
 
 

@@ -131,12 +131,26 @@ class Census:
             if self.total <= goal:
                 break
             self.drop_kv(segment_id)
-        for handle_id in [] if kv_only else self._idle_handles():
+        pending = [] if kv_only else [handle_id for handle_id in self._idle_handles() if handle_id != spare]
+        while self.total > goal and pending:
+            # a handle whose segments all have other users frees nothing until those are gone
+            shared = self._release_until(goal, pending)
+            if len(shared) == len(pending):
+                self.release(shared.pop(0))
+            pending = shared
+        return self.total - goal
+
+    def _release_until(self, goal: int, handle_ids: Iterable[str]) -> list[str]:
+        """Release handles in this order until only `goal` bytes are left; returns those that would free nothing."""
+        shared = []
+        for handle_id in handle_ids:
             if self.total <= goal:
                 break
-            if handle_id != spare:
+            if self.used_only_by(handle_id):
                 self.release(handle_id)
-        return self.total - goal
+            else:
+                shared.append(handle_id)
+        return shared
 
     def _lineage_of(self, handle_id: str) -> Iterator[str]:
         """The segments of a handle's lineage that are there, last one first."""

@@ -120,13 +120,17 @@ class MissingKv:
 
 
 def missing_kv(folder: NamespaceFolder, chain: Chain, length: int) -> list[MissingKv]:
-    """What a cache of `length` positions would add to the files along a chain."""
+    """What a cache of `length` positions would add to the files along a chain.
+
+    A file that is one position short of what it could hold stays: an answer's last token often has no KV yet, and the
+    next segment's file takes it in.
+    """
     missing = []
     covered = 0
     for link in chain.links:
         part = _continuation(folder, link, covered)
         stop = min(link.stop, length)
-        if part is not None:
+        if part is not None and part.stop >= stop - 1:
             covered = part.stop
         elif stop > covered:
             missing.append(MissingKv(link, covered, stop))

@@ -310,12 +310,28 @@ class MemoryStore(ContextStore):
                 evicted.append(self._bound(entry))
                 self._let_go_of_kv(held)
                 self._evictions += 1
-        for entry in [entry for entry in self._entries.values() if not entry.pinned and entry.handle.id != spare]:
+        pending = [entry for entry in self._entries.values() if not entry.pinned and entry.handle.id != spare]
+        while not self._fits and pending:
+            # a handle whose segments all have other users frees nothing until those are gone
+            shared = self._remove_until_it_fits(pending)
+            if len(shared) == len(pending):
+                self._remove(shared.pop(0))
+                self._evictions += 1
+            pending = shared
+        return evicted
+
+    def _remove_until_it_fits(self, entries: builtins.list[_Entry]) -> builtins.list[_Entry]:
+        """Remove entries in this order; returns those that would free nothing."""
+        shared = []
+        for entry in entries:
             if self._fits:
                 break
-            self._remove(entry)
-            self._evictions += 1
-        return evicted
+            if self._held[entry.recipe_id].handles == 1 and self._segment_users[entry.recipe_id] == 1:
+                self._remove(entry)
+                self._evictions += 1
+            else:
+                shared.append(entry)
+        return shared
 
     def _spill_all(self, evicted: builtins.list[Context]) -> None:
         if self._spill is not None:

@@ -67,19 +67,22 @@ class Namespace:
     @property
     def tag(self) -> str:
         """16 hex digits that two namespaces share only if they have the same name and key. Reveals neither."""
-        return _keyed(self.key, b"avp-tag", self.name.encode()).hexdigest()[:16]
+        return self._keyed(b"avp-tag").hexdigest()[:16]
 
     def handle_id(self, recipe_id: str, scope: str) -> str:
         """The handle id of a recipe in a scope: ``"avp:1:"`` and 32 hex digits."""
-        return "avp:1:" + _keyed(self.key, b"avp-handle", recipe_id.encode(), scope.encode()).hexdigest()[:32]
+        return "avp:1:" + self._keyed(b"avp-handle", recipe_id.encode(), scope.encode()).hexdigest()[:32]
 
     def segment_id(self, recipe_id: str) -> str:
         """The 32 hex digits that name the record of a recipe's last segment."""
-        return _keyed(self.key, b"avp-segment", recipe_id.encode()).hexdigest()[:32]
+        return self._keyed(b"avp-segment", recipe_id.encode()).hexdigest()[:32]
 
     def mac(self, label: str) -> hashlib.blake2b:
         """A running MAC for the record called `label`; feed it the content, its digest has `MAC_BYTES` bytes."""
-        return _keyed(self.key, b"avp-mac", label.encode())
+        return self._keyed(b"avp-mac", label.encode())
+
+    def _keyed(self, purpose: bytes, *parts: bytes) -> hashlib.blake2b:
+        return _keyed(self.key, purpose, self.name.encode(), *parts)
 
 
 def _keyed(key: bytes, purpose: bytes, *parts: bytes) -> hashlib.blake2b:

@@ -10,6 +10,7 @@ A message with a handle stands for its context: it is not rendered, and what the
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, closing
@@ -23,11 +24,12 @@ from langchain_core.language_models.chat_models import BaseChatModel, generate_f
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, SkipValidation, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, SkipValidation, model_validator
 
 from avp_agents.context import LatentMethod
 from avp_agents.engine.base import Engine
 from avp_agents.errors import ConfigurationError
+from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_langgraph.answers import PROVIDER, shown_name
 from avp_langgraph.calls import Call, Mode
 from avp_langgraph.engines import shared_engine
@@ -103,8 +105,8 @@ class AvpChatModel(BaseChatModel):
     logprobs: int | None = None
     """Return each token's log-probability and those of so many most likely ones, in the response's metadata."""
 
-    stop: list[str] | None = Field(default=None, alias="stop_sequences")
-    """Strings that end the answer and are cut from it."""
+    stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
+    """Strings that end the answer and are cut from it; ``stop_sequences`` is another name for it."""
 
     timeout: float | None = None
     """Seconds until `RequestTimeoutError`, waiting in the queue included."""
@@ -135,7 +137,7 @@ class AvpChatModel(BaseChatModel):
         """A misspelt option would otherwise be ignored."""
         if not isinstance(values, dict):
             return values
-        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        known = {*cls.model_fields, "model", "stop_sequences"}
         for name in values.keys() - known - _HOSTED_ONLY:
             close = get_close_matches(str(name), known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -182,7 +184,9 @@ class AvpChatModel(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
         params["ls_provider"] = PROVIDER
-        params["ls_model_name"] = shown_name(kwargs.get("model") or self.model_name or "default")
+        params["ls_model_name"] = shown_name(
+            kwargs.get("model") or self.model_name or os.environ.get(ENVIRONMENT_VARIABLE) or NAME
+        )
         return params
 
     def _generate(

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from avp_langgraph.chat_model import AvpChatModel
-from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
 from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
 from avp_agents.engine.base import Engine
+from avp_langgraph.chat_model import AvpChatModel
+from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 
 _RESEARCH = "List the quantities in the question and how they depend on each other. Do not answer it."
 _SOLVE = "Answer the question step by step. End with the number asked for."
@@ -28,12 +28,12 @@ _WARM_UP = DemoRequest("How many days are there in two weeks?", latent_steps=2, 
 def run(engine: Engine, request: DemoRequest, report: Callable[[str], None]) -> Comparison:
     """Run both graphs on one engine, after a short run of each on another question that warms the model."""
     report("Warming the model up")
-    for build in (latent_graph, text_graph):
-        _measure(build(engine, _WARM_UP), _WARM_UP.question)
+    for graph in (latent_graph, text_graph):
+        _measure(engine, graph(engine, _WARM_UP), _WARM_UP.question)
     report(f"Latent graph: the researcher thinks for {request.latent_steps} steps")
-    latent = _measure(latent_graph(engine, request), request.question)
+    latent = _measure(engine, latent_graph(engine, request), request.question)
     report(f"Text graph: the researcher writes up to {request.researcher_tokens} tokens")
-    text = _measure(text_graph(engine, request), request.question)
+    text = _measure(engine, text_graph(engine, request), request.question)
     return Comparison(latent, text)
 
 
@@ -72,8 +72,11 @@ def _without_handle(message: AIMessage) -> AIMessage:
     return message.model_copy(update={"response_metadata": kept})
 
 
-def _measure(graph: CompiledStateGraph, question: str) -> GraphRun:
-    """Run a graph; its nodes run one after another, so each one's time lies between two updates."""
+def _measure(engine: Engine, graph: CompiledStateGraph, question: str) -> GraphRun:
+    """Run a graph; its nodes run one after another, so each one's time lies between two updates.
+
+    Its contexts are deleted afterwards, so that the next graph cannot reuse a prompt that this one prefilled.
+    """
     agents: list[AgentRun] = []
     received: AIMessage | None = None
     start = before = time.perf_counter()
@@ -83,6 +86,8 @@ def _measure(graph: CompiledStateGraph, question: str) -> GraphRun:
         (message,) = change["messages"]
         agents.append(_agent_run(name, now - before, message, received))
         received, before = message, now
+    for handle in engine.store.list():
+        engine.store.delete(handle)
     return GraphRun(tuple(agents), seconds=before - start)
 
 

@@ -43,7 +43,7 @@ def _as_state(key: str, value: Any) -> Any:
     )
 
 
-class ContextState(TypedDict):
+class ContextState(TypedDict, total=False):
     """Graph state with a channel of context handles; subclass it, alone or beside `MessagesState`."""
 
     contexts: Annotated[Contexts, merge_contexts]

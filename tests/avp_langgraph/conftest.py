@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
@@ -17,8 +18,9 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture(scope="session")
-def real_engine() -> Iterator[LatentEngine]:
+def real_engine(smollm2_path: Path) -> Iterator[LatentEngine]:
     """The embedded default model in float32."""
     store = MemoryStore(namespace=Namespace("langgraph-tests", b"k" * 32))
-    with LatentEngine.from_pretrained(dtype="float32", device="cpu", store=store, kv_pool_bytes=512 * 2**20) as engine:
+    options = {"dtype": "float32", "device": "cpu", "kv_pool_bytes": 512 * 2**20}
+    with LatentEngine.from_pretrained(str(smollm2_path), store=store, **options) as engine:
         yield engine

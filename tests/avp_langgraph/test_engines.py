@@ -126,5 +126,5 @@ def test_a_call_can_name_another_model(loads: list[Any]) -> None:
 
 
 def test_options_that_are_no_json_data_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="engine_options must be JSON data.*AvpChatModel\\(engine="):
+    with pytest.raises(ConfigurationError, match=r"engine_options must be JSON data.*AvpChatModel\(engine="):
         AvpChatModel(engine_options={"store": object()}).invoke("hello")

@@ -94,6 +94,11 @@ PLAIN = (
 )
 """No control tokens at all."""
 
+USER_TURNS_ONLY = (
+    "{% for m in messages %}{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content }}{% endfor %}"
+)
+"""Control tokens around user messages, none behind answers."""
+
 
 def byte_tokenizer(
     template: str | None = None,

@@ -48,7 +48,7 @@ INJECTIONS = {
 
 @dataclass(frozen=True)
 class Chat:
-    """A ChatML tokenizer, its renderer, all its added tokens, the bytes its vocabulary knows, and whether it normalizes."""
+    """A ChatML tokenizer, its renderer, its added tokens, the bytes its vocabulary knows, whether it normalizes."""
 
     tokenizer: PreTrainedTokenizerBase
     renderer: PromptRenderer

@@ -104,6 +104,18 @@ class TestContinuation:
         assert "How?" in agents.text(plan)
         assert "Because." in agents.text(plan)
 
+    def test_the_same_messages_on_another_lineage_do_not_continue(self, agents: Agents):
+        own, other = agents.think([SOLVER, QUESTION]), agents.think([RESEARCHER, QUESTION])
+        further = agents.think([WHY], other)
+        plan = agents.plan([SOLVER, QUESTION, said(NOTE, own), WHY, said("Thought", further)])
+        assert (plan.base, plan.relation) == (further, "handoff")
+
+    def test_a_message_said_twice_is_held_already(self, agents: Agents):
+        thought = agents.think([QUESTION])
+        plan = agents.plan([QUESTION, said(NOTE, thought), said(NOTE, thought), WHY])
+        assert outcome(plan) == (thought, "continuation", ())
+        assert plan.token_ids == agents.plan([WHY], thought).token_ids
+
 
 class TestHandoff:
     def test_another_agents_thought_stands_for_its_message(self, agents: Agents):
@@ -175,7 +187,7 @@ class TestTextOfOtherAgents:
     def test_the_context_that_agrees_most_is_reused(self, agents: Agents):
         far = agents.answer([QUESTION], "far")
         near = agents.answer([SOLVER, {"role": "user", "content": "What is 24?"}], "near")
-        plan = agents.plan([SOLVER, QUESTION, said("near", near), said("far", far), WHY])
+        plan = agents.plan([SOLVER, QUESTION, said("far", far), said("near", near), WHY])
         assert plan.reuse is near
 
     def test_a_context_that_does_not_agree_at_all_is_not_reused(self, agents: Agents):
@@ -224,9 +236,17 @@ class TestExplicitContext:
 
 class TestStrictTemplates:
     def test_a_prefix_that_cannot_be_rendered_is_not_continued(self):
-        """Mistral's template opens no turn after the system message alone; the whole prompt is fine."""
+        """Mistral's template opens no turn right behind an answer; the whole prompt is fine."""
         agents = Agents(mistral())
-        thought = agents.think([QUESTION])
-        plan = agents.plan([SOLVER, said(NOTE, thought), WHY])
-        assert (plan.base, plan.relation) == (thought, "handoff")
-        assert agents.text(plan) == "</s>[INST] You are a solver.\n\nWhy? [/INST]"
+        one = agents.think([QUESTION])
+        other = agents.think([{"role": "user", "content": "How?"}], one)
+        plan = agents.plan([QUESTION, said("one", one), said("other", other), WHY])
+        assert outcome(plan) == (other, "handoff", ())
+        assert agents.text(plan) == "</s>[INST] Why? [/INST]"
+
+    def test_a_sibling_is_told_by_the_user_where_answers_must_alternate(self):
+        agents = Agents(mistral())
+        one, other = (agents.think([QUESTION], steps=steps) for steps in (2, 3))
+        plan = agents.plan([QUESTION, said("one", one), said("other", other), WHY])
+        assert (plan.base, plan.relation) == (other, "handoff")
+        assert agents.text(plan) == "</s>[INST] assistant: one\n\nWhy? [/INST]"

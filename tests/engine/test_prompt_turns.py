@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from prompt_tokenizers import (
+    CHATML,
     CHATML_WITH_TOOLS,
     PLAIN,
+    USER_TURNS_ONLY,
     byte_tokenizer,
     chatml,
     deepseek,
@@ -69,15 +71,23 @@ class TestSystemMessages:
         assert plan.notes == ()
 
     def test_no_late_system_role(self):
-        """Mistral takes a system message at the start, but not behind a context."""
+        """Mistral's template takes a system message at the start, but not behind a context."""
         text, plan = planned(mistral(), [system("Be brief."), user("Hi")])
         assert (text, plan.notes) == ("<s>[INST] Be brief.\n\nHi [/INST]", ())
         text, plan = planned(mistral(), [system("Be brief."), user("Hi")], CONTEXT)
         assert (text, plan.notes) == ("</s>[INST] Be brief.\n\nHi [/INST]", (SYSTEM_MERGED,))
 
     def test_a_leading_system_message_stays_when_only_a_late_one_is_refused(self):
-        text, plan = planned(mistral(), [system("A"), user("B"), assistant("C"), system("D"), user("E")])
-        assert text == "<s>[INST] A\n\nB [/INST] C</s>[INST] D\n\nE [/INST]"
+        refusing = (
+            "{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+            "{{ raise_exception('Only one system message') }}{% endif %}{% endfor %}"
+        )
+        messages = [system("A"), user("B"), assistant("C"), system("D"), user("E")]
+        text, plan = planned(chatml(refusing + CHATML), messages)
+        assert text == (
+            "<|im_start|>system\nA<|im_end|>\n<|im_start|>user\nB<|im_end|>\n<|im_start|>assistant\nC<|im_end|>\n"
+            "<|im_start|>user\nD\n\nE<|im_end|>\n<|im_start|>assistant\n"
+        )
         assert plan.notes == (SYSTEM_MERGED,)
 
     def test_a_template_that_moves_system_messages_to_the_front(self):
@@ -177,6 +187,18 @@ class TestTools:
         call = '{"name": "weather", "arguments": {"city": "Zürich"}}'
         assert text.endswith(f"<|im_start|>assistant\n{call}\n{call}<|im_end|>\n<|im_start|>assistant\n")
 
+    def test_calls_and_results_are_never_merged(self):
+        refusing = (
+            "{% for message in messages %}{% if loop.previtem is defined %}"
+            "{% if loop.previtem.role == message.role == 'user' %}{{ raise_exception('Two user messages') }}{% endif %}"
+            "{% endif %}{% endfor %}"
+        )
+        calling = assistant("", tool_calls=[CALL])
+        messages = [system("s"), user("A"), user("B"), calling, calling, tool("1"), tool("2"), assistant("C")]
+        text, plan = planned(chatml(refusing + CHATML_WITH_TOOLS), messages)
+        assert plan.notes == (USERS_MERGED,)
+        assert (text.count("<tool_call>"), text.count("<tool_response>")) == (2, 2)
+
     def test_arguments_as_a_json_string(self):
         """OpenAI's form, for templates that write the arguments as they are."""
         template = CHATML_WITH_TOOLS.replace("call.function.arguments | tojson", "call.function.arguments")
@@ -204,13 +226,23 @@ class TestTemplatesThatCannotRender:
         with pytest.raises(PromptError, match="does not render an assistant message exactly once"):
             renderer.plan("Hi", CONTEXT)
 
+    def test_a_template_that_repeats_answers_appends_nothing(self):
+        template = "{% for m in messages %}{{ m.content + m.content }}{% endfor %}"
+        with pytest.raises(PromptError, match="does not render an assistant message exactly once"):
+            PromptRenderer(byte_tokenizer(template)).plan("Hi", CONTEXT)
 
-class TestTemplatesWithoutControlTokens:
+
+class TestTemplatesWithoutEndOfTurn:
     def test_turns_are_closed_in_text(self):
         text, _ = planned(byte_tokenizer(PLAIN, eos="</s>"), [user("Hi")], CONTEXT)
         assert text == "\nUSER: Hi\nASSISTANT:"
 
-    def test_an_end_of_sequence_is_not_repeated_and_nothing_is_lost(self):
-        tokenizer = byte_tokenizer(PLAIN, eos="</s>")
+    @pytest.mark.parametrize(
+        ("template", "appended"),
+        [(PLAIN, "\nUSER: Hi\nASSISTANT:"), (USER_TURNS_ONLY, "[INST]Hi[/INST]")],
+        ids=["text only", "user turns only"],
+    )
+    def test_nothing_is_lost_behind_an_end_of_sequence(self, template: str, appended: str):
+        tokenizer = byte_tokenizer(template, special=["[INST]", "[/INST]"], eos="</s>")
         ended = Context("f" * 64, "float32", (TokenSegment((9, id_of(tokenizer, "</s>"))),))
-        assert planned(tokenizer, [user("Hi")], ended)[0] == "\nUSER: Hi\nASSISTANT:"
+        assert planned(tokenizer, [user("Hi")], ended)[0] == appended

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import random
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 from reference import Reference, before_answer
 from tiny_models import MAX_POSITIONS, TinyModels
 
-from avp_agents import LatentEngine
+from avp_agents import Context, Generation, LatentEngine
 from avp_agents.errors import (
     EngineBusyError,
     EngineClosedError,
@@ -241,16 +243,44 @@ def test_a_fork_that_does_not_fit_beside_its_parent_is_still_answered(
     path: str, open_engine: Callable[..., LatentEngine], tiny_reference: Callable[[str], Reference]
 ) -> None:
     """Where the pool is too small for a parent and its second child at once, the parent's memory gives way."""
-    prompt = "the quick brown fox " * 8
-    reference = tiny_reference("llama")
-    engine = open_engine(path, kv_pool_bytes=150 * POSITION_BYTES)
-    context = engine.think(prompt, steps=4)
-    assert len(context) > 60
+    engine = open_engine(path, kv_pool_bytes=100 * POSITION_BYTES)
+    context = engine.think("the quick brown fox " * 8, steps=4)
+    assert 50 < len(context) < 70
 
     answers = [engine.generate("Why?", context=context, max_tokens=8, timeout=20) for _ in range(3)]
 
-    expected = reference.generate(before_answer(answers[0]), 8).token_ids
+    expected = tiny_reference("llama").generate(before_answer(answers[0]), 8).token_ids
     assert [answer.token_ids for answer in answers] == [expected] * 3
+
+
+def test_a_storm_of_forks_in_a_small_pool(
+    path: str, open_engine: Callable[..., LatentEngine], tiny_reference: Callable[[str], Reference]
+) -> None:
+    """Threads think and answer on each other's contexts while most of these do not fit: every answer is exact."""
+    engine = open_engine(path, kv_pool_bytes=400 * POSITION_BYTES)
+    contexts: deque[Context] = deque([engine.think(prompt, steps=2) for prompt in PROMPTS[:4]], maxlen=8)
+
+    def caller(number: int) -> list[Generation]:
+        choice, answers = random.Random(number), []
+        for _ in range(5):
+            base, prompt = choice.choice([None, *contexts]), choice.choice(PROMPTS)
+            base = base if base is not None and len(base) < 120 else None
+            if choice.random() < 0.4:
+                contexts.append(engine.think(prompt, context=base, steps=choice.randrange(4), timeout=30))
+            else:
+                answers.append(engine.generate(prompt, context=base, max_tokens=choice.randrange(1, 6), timeout=30))
+                contexts.append(answers[-1].context)
+        return answers
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = [answer for answers in pool.map(caller, range(12)) for answer in answers]
+
+    modes = Counter(answer.handoff.mode for answer in answers)
+    print(f"{len(answers)} answers; handoffs: {dict(modes)}")
+    assert modes["replay"] > 0
+    for answer in answers:
+        expected = tiny_reference("llama").generate(before_answer(answer), len(answer.token_ids))
+        assert answer.token_ids == expected.token_ids
 
 
 def test_closing_ends_what_runs_and_what_comes(path: str, open_engine: Callable[..., LatentEngine]) -> None:

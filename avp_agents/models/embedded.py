@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+from platformdirs import user_cache_path
 from rich.console import Console
 
 from avp_agents.errors import ModelNotFoundError
@@ -73,10 +75,10 @@ def resolve_model(name_or_path: str | os.PathLike[str] | None) -> str:
         ModelNotFoundError: No such folder, or no source has the default model.
     """
     if name_or_path is None:
-        from rich.console import Console
-
         return str(default_model(progress=Console(stderr=True)))
     name = os.fspath(name_or_path)
+    if not name.strip():
+        raise ModelNotFoundError("The model's name is empty. Name a folder that holds a model, or a hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -104,8 +106,6 @@ def default_model(progress: Console | None = None) -> Path:
     folder = _folder()
     if _damage(folder) is None:
         return folder
-
-    from filelock import FileLock
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,6 @@ def default_model_status(*, verify: bool = False) -> DefaultModelStatus:
 
 
 def _folder() -> Path:
-    from platformdirs import user_cache_path
-
     return user_cache_path("avp-agents", appauthor=False) / "models" / NAME
 
 
@@ -155,11 +153,9 @@ def _damage(folder: Path, *, checksums: bool = False) -> str | None:
     if not folder.is_dir():
         return "not fetched yet"
     manifest = Manifest.read(folder)
-    return (
-        manifest.find_damage(folder, checksums=checksums)
-        if manifest
-        else "its manifest is missing or of another release"
-    )
+    if manifest is None:
+        return "its manifest is missing or of another release"
+    return manifest.find_damage(folder, checksums=checksums)
 
 
 def _named_model(named: str) -> Path:
@@ -189,7 +185,7 @@ def _fetch(folder: Path, console: Console | None) -> None:
             partial.rename(folder)
             return
         except SourceFailedError as error:
-            log.warning("%s: %s", source, error)
+            log.info("%s: %s", source, error)
             answers.append(f"{source}: {error}")
         finally:
             shutil.rmtree(partial, ignore_errors=True)

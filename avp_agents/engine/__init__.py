@@ -1,0 +1,1 @@
+"""The latent engine: one scheduler thread, one preallocated KV pool and the latent step around transformers' models."""
