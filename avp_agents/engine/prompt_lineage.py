@@ -53,6 +53,7 @@ class LineageWalk:
     def __init__(self, turns: Sequence[Turn], token_ids_of: Callable[[Line], tuple[int, ...]]) -> None:
         self._turns, self._token_ids_of = turns, token_ids_of
         self._planned: list[tuple[int, Line]] = []
+        self._refuted: set[str] = set()
 
     def follow(self, given: Context | None) -> Line:
         """The line at the end of the prompt; `given` is the context handed over explicitly."""
@@ -68,8 +69,12 @@ class LineageWalk:
         return own if given is None else handed
 
     def _advance(self, line: Line, turn: Turn, context: Context) -> Line:
-        if self._continues(line, context):
-            return Line(context, continues=True)
+        # What one context began with was there before its message, so it cannot be what a later one begins with.
+        opening = _opening(line, context)
+        if opening is not None and opening not in self._refuted:
+            if self._continues(line, context):
+                return Line(context, continues=True)
+            self._refuted.add(opening)
         if line.base is not None and line.base.extends(context):
             return line
         if context.is_text:
@@ -87,16 +92,11 @@ class LineageWalk:
 
     def _continues(self, line: Line, context: Context) -> bool:
         """Whether `context` begins with what the line would have prefilled."""
-        if line.base is None and not line.pending:
+        if _opening(line, context) is None:
             return False
-        if line.base is not None and not context.extends(line.base):
-            return False
-        start = 0 if line.base is None else len(line.base.lineage)
-        following = context.lineage[start] if start < len(context.lineage) else None
-        if not isinstance(following, TokenSegment):
-            return False
+        following = context.lineage[_base_segments(line)]
         try:
-            return following.token_ids == self._token_ids_of(line)
+            return isinstance(following, TokenSegment) and following.token_ids == self._token_ids_of(line)
         except PromptError:  # no context was ever made from a prompt that cannot be rendered
             return False
 
@@ -106,6 +106,20 @@ class LineageWalk:
             if self._continues(line, context):
                 return _without_held(context, self._turns[start:index])
         return _without_held(context, self._turns[:index])
+
+
+def _base_segments(line: Line) -> int:
+    return 0 if line.base is None else len(line.base.lineage)
+
+
+def _opening(line: Line, context: Context) -> str | None:
+    """The recipe id of the line's base and one segment more in `context`; None if it does not go on from the base."""
+    nothing_planned = line.base is None and not line.pending
+    if nothing_planned or len(context.lineage) == _base_segments(line):
+        return None
+    if line.base is not None and not context.extends(line.base):
+        return None
+    return context.recipe_ids[_base_segments(line)]
 
 
 def _without_held(context: Context, turns: Sequence[Turn]) -> tuple[Turn, ...]:

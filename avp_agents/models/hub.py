@@ -63,11 +63,13 @@ class HubSource:
 
     def _download(self) -> dict[str, Path]:
         """The files, downloaded into the hub's cache."""
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import HfApi
 
-        _ask_hub(self.repository, self.revision)
+        hub = HfApi()
         try:
-            return {name: Path(hf_hub_download(self.repository, name, revision=self.revision)) for name in self.files}
+            # One request without the patience that the client has for downloads: does the hub answer at all?
+            hub.model_info(self.repository, revision=self.revision, timeout=SECONDS_TO_ANSWER)
+            return {n: Path(hub.hf_hub_download(self.repository, n, revision=self.revision)) for n in self.files}
         except Exception as error:  # the client lets the errors of its HTTP library through, and that one changes
             raise SourceFailedError(_reason(error)) from error
 
@@ -82,20 +84,6 @@ def download_any(repository: str) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=list(WHOLE_MODEL)))
-    except Exception as error:  # see HubSource._download
-        raise SourceFailedError(_reason(error)) from error
-
-
-def _ask_hub(repository: str, revision: str) -> None:
-    """See whether the hub answers at all: one request, without the patience that the client has for downloads.
-
-    Raises:
-        SourceFailedError: It does not, or does not know the revision.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(repository, revision=revision, timeout=SECONDS_TO_ANSWER)
     except Exception as error:  # see HubSource._download
         raise SourceFailedError(_reason(error)) from error
 

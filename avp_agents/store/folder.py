@@ -77,7 +77,7 @@ class NamespaceFolder:
         try:
             return decode_handle(data, handle_id, self._namespace)
         except IntegrityError as error:
-            self.report(f"handle {handle_id}", error)
+            self.report(f"Handle {handle_id}", error)
             return None
 
     def has_handle(self, handle_id: str) -> bool:
@@ -129,7 +129,7 @@ class NamespaceFolder:
         try:
             return decode_segment(data, segment_id, self._namespace)
         except IntegrityError as error:
-            self.report(f"segment {segment_id}", error)
+            self.report(f"Segment {segment_id}", error)
             return None
 
     def has_segment(self, segment_id: str) -> bool:
@@ -220,7 +220,7 @@ class NamespaceFolder:
         """Count and log a record that will be treated as absent."""
         with self._count_lock:
             self.integrity_failures += 1
-        log.warning("%s in %s is torn or altered (%s); it is treated as absent.", what.capitalize(), self.path, reason)
+        log.warning("%s in %s is torn or altered (%s); it is treated as absent.", what, self.path, reason)
 
     def _head(self, handle_id: str) -> str | None:
         """The last segment of a handle's lineage."""

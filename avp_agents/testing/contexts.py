@@ -53,24 +53,23 @@ def make_context(
         )
     context = Context(FINGERPRINT, dtype, tuple(lineage), readout)
     if kv_short is not None:
-        inherited = parent.kv.to_host() if parent is not None and parent.kv is not None else None
-        shape = KV_HEADS, len(context) - kv_short, head_dim
-        context.attach(kv=_random_kv(inherited, shape, floats, numbers))
+        whole = _random_kv(context, values, head_dim)
+        if parent is not None and parent.kv is not None:
+            for (keys, vals), (own_keys, own_vals) in zip(parent.kv.to_host().layers, whole.layers, strict=True):
+                own_keys[:, : parent.kv_len] = keys
+                own_vals[:, : parent.kv_len] = vals
+        context.attach(kv=whole.to_host(0, len(context) - kv_short))
     return context
 
 
-def _random_kv(
-    inherited: HostKv | None, shape: tuple[int, int, int], dtype: torch.dtype, numbers: torch.Generator
-) -> HostKv:
-    """Random keys and values, their first positions those that were inherited."""
-
-    def tensor(layer: int, index: int) -> torch.Tensor:
-        fresh = torch.randn(shape, generator=numbers).to(dtype)
-        if inherited is not None:
-            fresh[:, : inherited.length] = inherited.layers[layer][index]
-        return fresh
-
-    return HostKv(tuple((tensor(layer, 0), tensor(layer, 1)) for layer in range(LAYERS)))
+def _random_kv(context: Context, values: int, head_dim: int) -> HostKv:
+    """Keys and values that depend, like real ones, on nothing but the lineage up to their position (and the run)."""
+    pieces = []
+    for recipe_id, segment in zip(context.recipe_ids, context.lineage, strict=True):
+        numbers = torch.Generator().manual_seed(int(recipe_id[:12], 16) + values)
+        pieces.append(torch.randn(2 * LAYERS, KV_HEADS, len(segment), head_dim, generator=numbers))
+    tensors = torch.cat(pieces, dim=2).to(getattr(torch, context.dtype))
+    return HostKv(tuple((tensors[2 * layer], tensors[2 * layer + 1]) for layer in range(LAYERS)))
 
 
 def assert_same_lineage(found: Context, expected: Context) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import operator
+import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from typing_extensions import TypedDict
 
 from avp_agents import LatentEngine
 from avp_agents.context import LatentSegment, TokenSegment
-from avp_langgraph import AvpChatModel, GenerateNode, ThinkNode, merge_contexts
+from avp_langgraph import AvpChatModel, GenerateNode, ThinkNode, close_engines, merge_contexts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "researcher_solver.py"
 QUESTION = HumanMessage("A shop sells pens at 3 dollars each. How much do 14 pens cost?")
@@ -29,14 +30,15 @@ STEPS, TOKENS = 20, 24
 
 
 @pytest.fixture(scope="module")
-def build_graph() -> Callable[..., Any]:
+def recipe() -> dict[str, Any]:
+    """The recipe's names."""
+    return runpy.run_path(str(RECIPE))
+
+
+@pytest.fixture(scope="module")
+def build_graph(recipe: dict[str, Any]) -> Callable[..., Any]:
     """The recipe's own graph."""
-    spec = importlib.util.spec_from_file_location("researcher_solver", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe.build_graph
+    return recipe["build_graph"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,20 @@ def first_token(message: BaseMessage) -> dict[int, float]:
     return {
         top["token_id"]: top["logprob"] for top in message.response_metadata["logprobs"]["content"][0]["top_logprobs"]
     }
+
+
+def test_the_recipe_runs(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["researcher_solver.py", QUESTION.text])
+    recipe["main"]()
+    close_engines()
+    thought, reused, *answer = capsys.readouterr().out.splitlines()
+
+    assert thought.startswith("researcher thought for 20 latent steps")
+    assert "handed over by kv" in thought
+    assert reused.startswith("solver reused ")
+    assert "".join(answer).strip()
 
 
 def test_the_researcher_decodes_nothing(real_engine: LatentEngine, messages: list[BaseMessage]) -> None:

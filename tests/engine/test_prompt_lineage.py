@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
 from avp_agents.engine.prompt import PromptPlan, PromptRenderer
+from avp_agents.engine.turns import TurnRenderer
 
 RECIPE = LatentRecipe("soft", 256, 1.0, False, 2)
 RESEARCHER = {"role": "system", "content": "You are a researcher."}
@@ -173,6 +174,25 @@ class TestHandoff:
         plan = agents.plan([QUESTION, {"role": "tool", "content": NOTE, "context": thought}, WHY])
         assert outcome(plan) == (thought, "handoff", ())
         assert NOTE not in agents.text(plan)
+
+
+class TestWork:
+    def test_another_agents_history_is_rendered_once_to_tell_that_it_is_not_continued(
+        self, agents: Agents, monkeypatch: pytest.MonkeyPatch
+    ):
+        """However many of its answers carry contexts: they all begin alike."""
+        theirs, messages = [RESEARCHER], [SOLVER]
+        for turn in range(8):
+            question = {"role": "user", "content": f"Question {turn}"}
+            answer = said("hello", agents.answer([*theirs, question], "hello"))
+            theirs, messages = [*theirs, question, answer], [*messages, question, answer]
+        rendered: list[int] = []
+        whole = TurnRenderer.whole
+        monkeypatch.setattr(
+            TurnRenderer, "whole", lambda self, turns: rendered.append(len(turns)) or whole(self, turns)
+        )
+        agents.plan([*messages, WHY])
+        assert rendered == [2, 18]
 
 
 class TestTextOfOtherAgents:

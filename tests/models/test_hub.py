@@ -64,11 +64,19 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """What HF_ENDPOINT would have done before the client was imported."""
+    constants, endpoint = huggingface_hub.constants, f"http://127.0.0.1:{port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """The hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        use_endpoint(monkeypatch, server.server_port)
         thread = Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
@@ -127,7 +135,7 @@ def test_offline_mode_asks_nobody(target: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_hub_that_never_answers_costs_little_time(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "SECONDS_TO_ANSWER", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        use_endpoint(monkeypatch, silent.getsockname()[1])
         begun = time.monotonic()
         with pytest.raises(SourceFailedError, match="Timeout"):
             SOURCE.fetch_into(target, None)
@@ -136,6 +144,6 @@ def test_a_hub_that_never_answers_costs_little_time(target: Path, monkeypatch: p
 
 def test_a_refused_connection_is_named(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{gone.getsockname()[1]}")
+        use_endpoint(monkeypatch, gone.getsockname()[1])
     with pytest.raises(SourceFailedError, match="ConnectError"):
         SOURCE.fetch_into(target, None)

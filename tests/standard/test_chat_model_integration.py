@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
@@ -15,6 +15,7 @@ from avp_langgraph import AvpChatModel, close_engines
 
 QUESTION = HumanMessage("How many legs do three spiders have?")
 OTHER_MODEL = "the-other-model"
+Detail = Literal["audio_input", "audio_output", "reasoning_output", "cache_read_input", "cache_creation_input"]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ class TestAvpChatModelIntegration(ChatModelIntegrationTests):
         return False
 
     @property
-    def supported_usage_metadata_details(self) -> dict[str, Any]:
-        details = ["cache_read_input", "reasoning_output"]
+    def supported_usage_metadata_details(self) -> dict[Literal["invoke", "stream"], list[Detail]]:
+        details: list[Detail] = ["cache_read_input", "reasoning_output"]
         return {"invoke": details, "stream": details}
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:

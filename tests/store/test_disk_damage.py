@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from avp_agents.context import ContextHandle
-from avp_agents.errors import ContextLostError
+from avp_agents.errors import ContextLostError, StoreError
 from avp_agents.store import DiskStore
 from avp_agents.testing import make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
@@ -185,8 +184,6 @@ def test_a_record_without_its_segments_is_lost(folder: Path) -> None:
 
 def test_an_unreadable_file_is_an_error_not_an_absence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be read for want of descriptors or permission may be whole: nothing is concluded, or removed."""
-    from avp_agents.errors import StoreError
-
     store = DiskStore(folder, namespace=TENANT)
 
     def refuse(path: Path) -> bytes:
@@ -199,4 +196,3 @@ def test_an_unreadable_file_is_an_error_not_an_absence(folder: Path, monkeypatch
                 verb()
 
     assert check_reads(folder) == 0
-    assert os.listdir(folder)
