@@ -10,19 +10,22 @@ import sys
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import HumanMessage, SystemMessage
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
 from avp_langgraph import AvpChatModel
 
+RESEARCH = SystemMessage("Work out which quantities the question is about and how they depend on each other.")
+SOLVE = SystemMessage("Answer the question step by step.")
+
 
 def build_graph(researcher: BaseChatModel, solver: BaseChatModel) -> CompiledStateGraph:
     def research(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [researcher.invoke(state["messages"])]}
+        return {"messages": [researcher.invoke([RESEARCH, *state["messages"]])]}
 
     def solve(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [solver.invoke(state["messages"])]}
+        return {"messages": [solver.invoke([SOLVE, *state["messages"]])]}
 
     graph = StateGraph(MessagesState)
     graph.add_node("researcher", research)

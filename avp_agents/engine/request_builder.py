@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +54,7 @@ class RequestBuilder:
             warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
         plan = self._plan(prompt, context)
         self._check_window(plan, recipe.steps)
-        request = self._request(plan, options.get("timeout"), options.get("source"), deliver)
+        request = self._prompt_request(plan, options, deliver)
         return Thinking(request, recipe, _looks_at_logits(runtime, recipe))
 
     def answering(
@@ -69,7 +68,7 @@ class RequestBuilder:
         plan = self._plan(prompt, context)
         max_tokens = params.token_budget(runtime.window - len(plan))
         self._check_window(plan, max(1, max_tokens))
-        request = self._request(plan, options.get("timeout"), options.get("source"), deliver)
+        request = self._prompt_request(plan, options, deliver)
         base_ids = plan.base.token_ids() if plan.base is not None else ()
         sampler = RowSampler(params, (*base_ids, *plan.token_ids))
         text = TextStream(runtime.tokenizer, params.stop, min_tokens=params.min_tokens)
@@ -78,32 +77,48 @@ class RequestBuilder:
     def replaying(self, context: Context, deliver: Deliver) -> Replaying:
         """A replay request. See `LatentEngine.replay`."""
         self.check_model(context)
-        plan = PromptPlan(base=context, token_ids=(), relation="continuation")
-        return Replaying(self._request(plan, None, None, deliver))
+        return Replaying(self._request(context, (), "replay", deliver))
 
     def _plan(self, prompt: Prompt, context: Context | None) -> PromptPlan:
         plan = self._runtime.renderer.plan(prompt, context)
-        for used in (plan.base, plan.reuse):
-            if used is not None:
-                self.check_model(used)
+        if plan.base is not None:
+            self.check_model(plan.base)
         return plan
 
-    def _request(self, plan: PromptPlan, timeout: float | None, source: str | None, deliver: Deliver) -> Request:
+    def _prompt_request(self, plan: PromptPlan, options: ThinkOptions | GenerateOptions, deliver: Deliver) -> Request:
+        timeout = options.get("timeout")
         if timeout is not None and timeout <= 0:
             raise ConfigurationError(f"timeout must be positive, not {timeout}.")
+        # a prefix only saves work, so one of another model is simply of no use
+        prefix = plan.reuse if plan.reuse is not None and self._is_ours(plan.reuse) else None
+        request = self._request(plan.base, plan.token_ids, plan.relation, deliver, prefix)
+        request.notes = plan.notes
+        request.source = options.get("source") or ""
+        request.deadline = request.submitted + timeout if timeout is not None else None
+        return request
+
+    def _request(
+        self,
+        base: Context | None,
+        prompt_ids: tuple[int, ...],
+        relation: str,
+        deliver: Deliver,
+        prefix: Context | None = None,
+    ) -> Request:
         loaded = self._runtime.loaded
         return Request(
             model=(loaded.fingerprint, loaded.dtype_name),
-            base=plan.base,
-            prompt_ids=plan.token_ids,
-            relation=plan.relation,
-            notes=plan.notes,
-            prefix=plan.reuse,
-            host_kv=self._stored_kv(plan.base or plan.reuse),
+            base=base,
+            prompt_ids=prompt_ids,
+            relation=relation,
+            prefix=prefix,
+            host_kv=self._stored_kv(base or prefix),
             deliver=deliver,
-            source=source or "",
-            deadline=time.monotonic() + timeout if timeout is not None else None,
         )
+
+    def _is_ours(self, context: Context) -> bool:
+        loaded = self._runtime.loaded
+        return (context.fingerprint, context.dtype) == (loaded.fingerprint, loaded.dtype_name)
 
     def _stored_kv(self, context: Context | None) -> HostKv | None:
         """The KV-cache of a context that is not in the pool, if its store has it."""

@@ -36,10 +36,10 @@ class Request:
         base: The context the prompt goes on top of, if any.
         prompt_ids: New ids behind the base.
         relation: How base and prompt belong together, for the handoff's reason.
-        notes: What rendering decided.
         prefix: A token-only context whose KV-cache may serve as far as the ids agree.
         host_kv: KV-cache of `base` (or `prefix`) that a store had, if it is not in the pool.
         deliver: Called from the scheduler's thread with every event.
+        notes: What rendering decided.
         source: Admission is fair between sources.
         deadline: `time.monotonic()` at which the request times out.
     """
@@ -48,12 +48,12 @@ class Request:
     base: Context | None
     prompt_ids: tuple[int, ...]
     relation: str
-    notes: tuple[str, ...]
     prefix: Context | None
     host_kv: HostKv | None
     deliver: Callable[[Event], None]
-    source: str
-    deadline: float | None
+    notes: tuple[str, ...] = ()
+    source: str = ""
+    deadline: float | None = None
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 

@@ -18,7 +18,7 @@ from avp_agents.models.source import SourceFailedError
 SECONDS_TO_ANSWER = 3.0
 """What a hub that does not answer costs, once for connecting and once for reading."""
 
-WHOLE_MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+WHOLE_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """What is downloaded of any other model that is named by its hub id."""
 
 

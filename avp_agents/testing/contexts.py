@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from avp_agents.context import Context, HostKv, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
@@ -70,6 +72,15 @@ def _random_kv(context: Context, values: int, head_dim: int) -> HostKv:
         pieces.append(torch.randn(2 * LAYERS, KV_HEADS, len(segment), head_dim, generator=numbers))
     tensors = torch.cat(pieces, dim=2).to(getattr(torch, context.dtype))
     return HostKv(tuple((tensors[2 * layer], tensors[2 * layer + 1]) for layer in range(LAYERS)))
+
+
+def thread_of(turns: int, **options: Any) -> list[Context]:
+    """A conversation: each context extends the one before, whose last token has no KV yet."""
+    contexts: list[Context] = []
+    for turn in range(turns):
+        parent = contexts[-1] if contexts else None
+        contexts.append(make_context(parent=parent, seed=turn, steps=0, kv_short=1, **options))
+    return contexts
 
 
 def assert_same_lineage(found: Context, expected: Context) -> None:

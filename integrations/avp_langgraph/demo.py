@@ -20,8 +20,8 @@ from avp_agents.engine.base import Engine
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 
-_RESEARCH = "List the quantities in the question and how they depend on each other. Do not answer it."
-_SOLVE = "Answer the question step by step. End with the number asked for."
+_RESEARCH = "Analyze the problem carefully."
+_SOLVE = "Solve the problem step by step."
 _WARM_UP = DemoRequest("How many days are there in two weeks?", latent_steps=2, researcher_tokens=4, max_tokens=4)
 
 

@@ -26,6 +26,7 @@ from avp_langgraph import AvpChatModel, GenerateNode, ThinkNode, close_engines, 
 RECIPE = Path(__file__).parents[2] / "recipes" / "researcher_solver.py"
 QUESTION = HumanMessage("A shop sells pens at 3 dollars each. How much do 14 pens cost?")
 OTHER_QUESTION = HumanMessage("Which planets of the solar system have rings?")
+SOLVE = HumanMessage("Answer the question step by step.")
 STEPS, TOKENS = 20, 24
 
 
@@ -96,7 +97,7 @@ def test_the_researcher_decodes_nothing(real_engine: LatentEngine, messages: lis
     assert thought.text == f"researcher thought for {STEPS} latent steps ({len(context)} positions)"
 
 
-def test_the_solver_continues_the_researchers_context(real_engine: LatentEngine, messages: list[BaseMessage]) -> None:
+def test_the_solver_answers_on_the_researchers_context(real_engine: LatentEngine, messages: list[BaseMessage]) -> None:
     _, thought, answer = messages
     assert isinstance(answer, AIMessage)
     assert answer.usage_metadata is not None
@@ -140,25 +141,26 @@ def test_without_the_context_the_answer_is_another_one(solver: AvpChatModel, mes
     )
 
 
-def test_a_researcher_that_writes_is_prefix_reuse(build_graph: Callable[..., Any], solver: AvpChatModel) -> None:
-    question, findings, answer = build_graph(solver, solver).invoke({"messages": [QUESTION]})["messages"]
-    plain = solver.invoke([question, AIMessage(findings.text)])
+def test_a_researcher_that_writes_is_prefix_reuse(solver: AvpChatModel) -> None:
+    findings = solver.invoke([QUESTION])
+    answer = solver.invoke([QUESTION, findings, SOLVE])
+    plain = solver.invoke([QUESTION, AIMessage(findings.text), SOLVE])
+    assert answer.usage_metadata is not None
+    assert plain.usage_metadata is not None
 
     assert made(answer)["mode"] == "kv"
-    assert answer.usage_metadata["input_token_details"]["cache_read"] >= handle_of(findings)["tokens"] - 1
-    assert plain.usage_metadata is not None
+    assert made(answer)["positions_reused"] >= handle_of(findings)["tokens"] - 1
     assert answer.usage_metadata["input_tokens"] == plain.usage_metadata["input_tokens"]
     assert answer.text == plain.text
 
 
-async def test_async_graphs_answer_the_same(
-    thinker: AvpChatModel, solver: AvpChatModel, messages: list[BaseMessage]
-) -> None:
-    question, thought, answer = messages
-    again = await thinker.ainvoke([question])
+async def test_event_loops_get_the_same(thinker: AvpChatModel, solver: AvpChatModel) -> None:
+    thought, again = thinker.invoke([QUESTION]), await thinker.ainvoke([QUESTION])
+    answer, same = solver.invoke([QUESTION, thought, SOLVE]), await solver.ainvoke([QUESTION, again, SOLVE])
 
-    assert handle_of(again)["tokens"] == handle_of(thought)["tokens"]
-    assert (await solver.ainvoke([question, again])).text == answer.text
+    assert handle_of(again)["id"] == handle_of(thought)["id"]
+    assert same.text == answer.text
+    assert handle_of(same)["id"] == handle_of(answer)["id"]
 
 
 @pytest.fixture(params=["memory", "sqlite"])

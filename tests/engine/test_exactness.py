@@ -23,6 +23,7 @@ from avp_agents.engine.base import GenerateOptions
 
 STEPS, TOKENS = 20, 32
 ANSWER: GenerateOptions = {"max_tokens": TOKENS, "min_tokens": TOKENS, "logprobs": 20}
+SHORT_ANSWER: GenerateOptions = {"max_tokens": 12, "min_tokens": 12}
 HANDOVERS = [
     ("Analyze: 24 * 17 + 3", "Solve step by step: 24 * 17 + 3"),
     ("List facts about the river Nile.", "Write a short text about the river Nile."),
@@ -298,6 +299,18 @@ async def test_a_shared_context_serves_each_consumer_like_a_fresh_one(
     )
 
 
+def test_earlier_consumers_leave_no_trace(invariant: LatentEngine, other_invariant: LatentEngine) -> None:
+    """What one consumer of an answer added to the memory they share changes no bit of the next one's result."""
+    bases = [engine.generate(QUESTIONS[1], max_tokens=3) for engine in (invariant, other_invariant)]
+    first = invariant.generate(QUESTIONS[0], context=bases[0].context, max_tokens=3)
+
+    second = invariant.generate(QUESTIONS[2], context=bases[0].context, max_tokens=3, logprobs=5)
+
+    fresh = other_invariant.generate(QUESTIONS[2], context=bases[1].context, max_tokens=3, logprobs=5)
+    assert first.context.extends(bases[0].context)
+    assert second.logprobs == fresh.logprobs
+
+
 # (f) replay
 
 
@@ -310,9 +323,9 @@ def test_after_drop_kv_a_context_is_replayed(engine: LatentEngine, handovers: li
     engine.store.drop_kv(handle)
     gc.collect()
 
-    answer = engine.generate(solve, context=engine.resolve(handle), **ANSWER)
+    answer = engine.generate(solve, context=engine.resolve(handle), **SHORT_ANSWER)
 
-    assert answer.token_ids == handovers[0].expected.token_ids
+    assert answer.token_ids == handovers[0].expected.token_ids[:12]
     assert answer.handoff.mode == "replay"
     assert answer.handoff.positions_replayed >= STEPS
 
@@ -349,10 +362,10 @@ def test_after_a_restart_a_context_answers_the_same(
     engine = open_engine(path, store=DiskStore(researchers_disk / mode))
     (handle,) = engine.store.list()
 
-    answer = engine.generate(HANDOVERS[1][1], context=engine.resolve(handle), **ANSWER)
+    answer = engine.generate(HANDOVERS[1][1], context=engine.resolve(handle), **SHORT_ANSWER)
 
     assert answer.handoff.mode == mode
-    assert answer.token_ids == handovers[1].expected.token_ids
+    assert answer.token_ids == handovers[1].expected.token_ids[:12]
 
 
 def test_under_a_budget_for_one_of_four_contexts_all_answer_the_same(
@@ -360,21 +373,21 @@ def test_under_a_budget_for_one_of_four_contexts_all_answer_the_same(
 ) -> None:
     """The pool holds one context and its answer; the others come back by themselves, with the same tokens."""
     prompts = [*HANDOVERS, (QUESTIONS[2], "Go on.")]
-    last = engine.generate(prompts[3][1], context=engine.think(prompts[3][0], steps=STEPS), **ANSWER)
-    expected = [handover.answer.token_ids for handover in handovers] + [last.token_ids]
-    kv = handovers[0].context.kv
-    assert kv is not None
-    longest = max(len(g.context) for g in [*(h.answer for h in handovers), last])
-    small = open_engine(path, kv_pool_bytes=(longest + TOKENS) * (kv.nbytes // kv.length))
+    fourth = engine.generate(prompts[3][1], context=engine.think(prompts[3][0], steps=STEPS), **SHORT_ANSWER)
+    expected = [*(handover.expected.token_ids[:12] for handover in handovers), fourth.token_ids]
+    positions_needed = max(len(g.context) for g in [*(h.answer for h in handovers), fourth])
+    small = open_engine(path, kv_pool_bytes=positions_needed * engine.stats().kv_bytes_per_position)
 
     contexts = [small.think(analyse, steps=STEPS) for analyse, _ in prompts]
+    resident = [context for context in contexts if context.kv is not None]
     answers = [
-        small.generate(solve, context=context, **ANSWER) for context, (_, solve) in zip(contexts, prompts, strict=True)
+        small.generate(solve, context=context, **SHORT_ANSWER)
+        for context, (_, solve) in zip(contexts, prompts, strict=True)
     ]
 
-    print([answer.handoff for answer in answers])
+    assert len(resident) == 1
+    print([f"{a.handoff.mode}, {a.handoff.positions_replayed} positions replayed" for a in answers])
     assert [answer.token_ids for answer in answers] == expected
-    assert small.stats().kv_positions_used <= small.stats().kv_positions_total
 
 
 # negative controls

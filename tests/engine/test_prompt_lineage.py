@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
 from avp_agents.engine.prompt import PromptPlan, PromptRenderer
-from avp_agents.engine.turns import TurnRenderer
+from avp_agents.engine.turns import Rendering, TurnRenderer
 
 RECIPE = LatentRecipe("soft", 256, 1.0, False, 2)
 RESEARCHER = {"role": "system", "content": "You are a researcher."}
@@ -188,9 +188,12 @@ class TestWork:
             theirs, messages = [*theirs, question, answer], [*messages, question, answer]
         rendered: list[int] = []
         whole = TurnRenderer.whole
-        monkeypatch.setattr(
-            TurnRenderer, "whole", lambda self, turns: rendered.append(len(turns)) or whole(self, turns)
-        )
+
+        def counted(renderer: TurnRenderer, turns: Messages) -> Rendering:
+            rendered.append(len(turns))
+            return whole(renderer, turns)
+
+        monkeypatch.setattr(TurnRenderer, "whole", counted)
         agents.plan([*messages, WHY])
         assert rendered == [2, 18]
 

@@ -253,6 +253,31 @@ def test_a_fork_that_does_not_fit_beside_its_parent_is_still_answered(
     assert [answer.token_ids for answer in answers] == [expected] * 3
 
 
+def test_an_evicted_kv_cache_comes_back_from_the_store(path: str, open_engine: Callable[..., LatentEngine]) -> None:
+    """A stored context that had to leave the pool is uploaded again instead of replayed, with the same answer."""
+    engine = open_engine(path, kv_pool_bytes=150 * POSITION_BYTES)
+    context = engine.think(PROMPTS[0], steps=3)
+    first = engine.generate("Why?", context=context, max_tokens=6).token_ids
+    handle = engine.store.put(context, kv=False)
+
+    others = [engine.think(prompt, steps=3) for prompt in PROMPTS[1:5]]
+    assert context.kv is None
+    wait_until(lambda: engine.store.get(handle).kv is not None)
+    again = engine.generate("Why?", context=context, max_tokens=6)
+
+    assert again.token_ids == first
+    assert again.handoff.mode == "kv"
+    assert again.handoff.bytes >= len(context) * POSITION_BYTES
+    assert len(others) == 4
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_storm_of_forks_in_a_small_pool(
     path: str, open_engine: Callable[..., LatentEngine], tiny_reference: Callable[[str], Reference]
 ) -> None:

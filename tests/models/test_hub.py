@@ -15,12 +15,13 @@ import huggingface_hub.constants
 import pytest
 
 from avp_agents.models import hub
-from avp_agents.models.hub import HubSource
+from avp_agents.models.hub import HubSource, download_any
 from avp_agents.models.manifest import FileRecord
 from avp_agents.models.source import SourceFailedError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 FILES = {"config.json": b"{}", "model.safetensors": b"weights"}
+UNWANTED = {"pytorch_model.bin": b"pickled"}
 SOURCE = HubSource(
     "someone/tiny", REVISION, {n: FileRecord(len(c), hashlib.sha256(c).hexdigest()) for n, c in FILES.items()}
 )
@@ -37,8 +38,13 @@ class _Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_content: bool) -> None:
         name = self.path.removeprefix(f"/someone/tiny/resolve/{REVISION}/")
-        if self.path.startswith(f"/api/models/someone/tiny/revision/{REVISION}"):
-            content = json.dumps({"id": "someone/tiny", "sha": REVISION}).encode()
+        api = self.path.removeprefix("/api/models/someone/tiny/")
+        if api.startswith(("revision/main", f"revision/{REVISION}")):
+            siblings = [{"rfilename": name} for name in FILES | UNWANTED]
+            content = json.dumps({"id": "someone/tiny", "sha": REVISION, "siblings": siblings}).encode()
+        elif api.startswith(f"tree/{REVISION}"):
+            entries = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in (FILES | UNWANTED).items()]
+            content = json.dumps(entries).encode()
         elif name in FILES:
             content = FILES[name]
         else:
@@ -77,7 +83,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """The hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
         use_endpoint(monkeypatch, server.server_port)
-        thread = Thread(target=server.serve_forever, daemon=True)
+        thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield server
         server.shutdown()
@@ -123,6 +129,19 @@ def test_an_altered_file_is_refused(target: Path) -> None:
 def test_an_unknown_repository_is_named(target: Path) -> None:
     with pytest.raises(SourceFailedError, match=r"404.*someone/else"):
         HubSource("someone/else", REVISION, SOURCE.files).fetch_into(target, None)
+
+
+@pytest.mark.usefixtures("server")
+def test_any_other_model_arrives_without_pickled_weights() -> None:
+    folder = download_any("someone/tiny")
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.usefixtures("server")
+def test_any_other_model_may_not_exist() -> None:
+    with pytest.raises(SourceFailedError, match="404"):
+        download_any("someone/else")
 
 
 def test_offline_mode_asks_nobody(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A process that imports torch once and then forks workers, each like a process of its own over one disk store.
 
-Reads ``JOB FOLDER SEED`` lines from standard input, answers each with ``started PID``, and with ``ended PID STATUS`` when
-the worker is done or killed. Workers report on the same pipe; a line of less than 4096 bytes is written whole or not.
+Reads ``JOB FOLDER SEED`` lines from standard input, answers each with ``started PID``, and with ``ended PID STATUS``
+when the worker is done or killed. Workers report on the same pipe; lines of less than 4096 bytes are whole.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import os
 import random
 import sys
 import threading
+import traceback
 from functools import cache
 
 from avp_agents.context import Context
-from avp_agents.store import DiskStore, Namespace
+from avp_agents.store import DiskStore
 from avp_agents.testing import make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
+from avp_agents.testing.store_suite import TENANT
 
-TENANT = Namespace("tenant", b"k" * 32)
 RECIPES = 6
 TURNS = 4
 HEAD_DIM = 256
@@ -98,7 +99,7 @@ def main() -> None:
             try:
                 JOBS[job](DiskStore(folder, namespace=TENANT), random.Random(int(seed)))
             except BaseException:
-                sys.excepthook(*sys.exc_info())
+                traceback.print_exc()
                 os._exit(1)
             os._exit(0)
         report("started", pid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from avp_agents.store.census import Census, StoredHandle
 
 LINEAGE_BYTES, KV_BYTES = 1, 10
@@ -10,7 +12,7 @@ LINEAGE_BYTES, KV_BYTES = 1, 10
 def census(*lineages: str, pinned: str = "", orphans: str = "", torn: str = "") -> Census:
     """A store with one handle per lineage, named like it, used in this order; every segment has a KV file."""
     chains = [*lineages, orphans]
-    parents = {b: a for chain in chains for a, b in zip(chain, chain[1:], strict=False)}
+    parents = {b: a for chain in chains for a, b in pairwise(chain)}
     segments = {segment for chain in chains for segment in chain if segment not in torn}
     handles = {chain: StoredHandle(chain[-1], float(use), chain == pinned) for use, chain in enumerate(lineages)}
     return Census(

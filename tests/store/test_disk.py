@@ -17,8 +17,8 @@ from avp_agents.context import Context, HostKv, LatentSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreError
 from avp_agents.store import DiskStore, Namespace, durable
 from avp_agents.testing import ContextStoreConformance, make_context
-from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
-from avp_agents.testing.store_conformance import OTHER_NAME, TENANT, thread_of
+from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage, thread_of
+from avp_agents.testing.store_suite import OTHER_NAME, TENANT
 
 
 class TestConformance(ContextStoreConformance):
@@ -83,7 +83,9 @@ def test_kv_files_are_plain_safetensors(tmp_path: Path) -> None:
     (path,) = files(tmp_path, ".safetensors")
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-        found = HostKv(tuple((file.get_tensor(f"layers.{i}.keys"), file.get_tensor(f"layers.{i}.values")) for i in (0, 1)))
+        found = HostKv(
+            tuple((file.get_tensor(f"layers.{i}.keys"), file.get_tensor(f"layers.{i}.values")) for i in (0, 1))
+        )
 
     assert (metadata["start"], metadata["stop"]) == ("0", "12")
     assert_same_kv(context, context.with_kv(found))

@@ -16,7 +16,7 @@ from avp_agents.errors import ContextLostError, StoreError
 from avp_agents.store import DiskStore
 from avp_agents.testing import make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
-from avp_agents.testing.store_conformance import TENANT
+from avp_agents.testing.store_suite import TENANT
 
 Damage = Callable[[bytes], bytes]
 

@@ -11,7 +11,7 @@ from avp_agents.context import Context
 from avp_agents.store import MemoryStore
 from avp_agents.store import memory as memory_module
 from avp_agents.testing import ContextStoreConformance, make_context
-from avp_agents.testing.store_conformance import TENANT
+from avp_agents.testing.store_suite import TENANT
 
 
 class TestConformance(ContextStoreConformance):
@@ -130,13 +130,13 @@ def test_a_kv_cache_counts_as_used_when_any_of_its_handles_was() -> None:
 
 
 def test_a_use_starts_the_ttl_anew(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(memory_module, "monotonic", lambda: now)
+    clock = [0.0]
+    monkeypatch.setattr(memory_module, "monotonic", lambda: clock[0])
     handle = store.put(make_context(), ttl=10)
 
-    for now in (9.0, 18.0, 27.0):
+    for clock[0] in (9.0, 18.0, 27.0):
         assert store.touch(handle)
-    now = 37.0
+    clock[0] = 37.0
 
     assert not store.contains(handle)
 

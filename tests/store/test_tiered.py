@@ -16,7 +16,7 @@ from avp_agents.errors import ConfigurationError, ContextLostError
 from avp_agents.store import DiskStore, MemoryStore, Namespace, TieredStore, default_store
 from avp_agents.testing import ContextStoreConformance, make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
-from avp_agents.testing.store_conformance import OTHER_NAME, SAME_NAME_OTHER_KEY, TENANT
+from avp_agents.testing.store_suite import OTHER_NAME, SAME_NAME_OTHER_KEY, TENANT
 
 
 class TestConformance(ContextStoreConformance):
