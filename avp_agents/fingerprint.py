@@ -73,7 +73,8 @@ def _sample(name: str, tensor: torch.Tensor) -> bytes:
 
     if tensor.is_meta:
         raise UnsupportedModelError(
-            f"The weights of {name!r} are offloaded and cannot be sampled; choose a device_map that keeps all in memory."
+            f"The weights of {name!r} are offloaded, so they cannot be sampled; choose a device_map that keeps all in "
+            "memory."
         )
     flat = tensor.detach().reshape(-1)
     where = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_TENSOR, flat.numel()), dtype=torch.float64).long()

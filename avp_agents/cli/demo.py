@@ -82,7 +82,8 @@ def _show(request: DemoRequest, comparison: Comparison) -> None:
     console.print(f"\n[bold]Answer, text[/]    {escape(text.answer)}")
     console.print(
         f"\n[bold]text / latent = {comparison.ratio:.2f}[/]  "
-        f"({text.seconds:.2f} s / {latent.seconds:.2f} s, model warmed up before both)\n"
+        f"({text.seconds:.2f} s / {latent.seconds:.2f} s; model warmed up before both; "
+        f"the answers have {text.agents[-1].tokens_decoded} and {latent.agents[-1].tokens_decoded} tokens)\n"
     )
 
 

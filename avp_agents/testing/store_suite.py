@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +17,10 @@ OTHER_NAME = Namespace("other", b"k" * 32)
 SHORT_TTL = 0.5
 
 
-class StoreSuite:
+class StoreSuite(ABC):
     """Where the stores under test come from."""
 
+    @abstractmethod
     def make_store(self, **options: Any) -> ContextStore:
         """A store over this test's own backend.
 
@@ -28,7 +30,6 @@ class StoreSuite:
         Args:
             options: ``namespace`` (a `Namespace`, always), ``byte_budget`` and ``ttl`` (some tests).
         """
-        raise NotImplementedError("Override make_store(**options) to return your store.")
 
     @pytest.fixture
     def store(self) -> Iterator[ContextStore]:

@@ -7,6 +7,7 @@
     positions_reused, positions_replayed        positions of the context that were there, and that were prefilled again
     latent_steps, tokens_decoded                what this call itself did
     tokens_not_decoded                          latent positions that it was handed: work that nobody decoded to text
+    content                                     a digest of the message's content, so that an edit is noticed
     think                                       only on messages that stand for latent steps: how those were made
 """
 
@@ -23,7 +24,7 @@ from avp_agents.context import Context, ContextHandle, LatentSegment
 from avp_agents.engine.base import Generation, TokenLogprob
 from avp_agents.usage import Handoff, HandoffMode, Usage
 from avp_langgraph.handoffs import Prepared
-from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY, THINK_KEY
+from avp_langgraph.messages import DIGEST_KEY, HANDLE_KEY, METADATA_KEY, THINK_KEY, content_digest
 from avp_langgraph.scope import Scope
 
 PROVIDER = "avp"
@@ -48,7 +49,7 @@ def thought_chunk(
     steps = thought.lineage[-1]
     assert isinstance(steps, LatentSegment), "what was thought ends in latent steps"
     usage, handoff = thought.usage or Usage(), thought.handoff or Handoff()
-    made = _made(handoff, usage, prepared, inherited=thought.latent_steps - len(steps))
+    made = _made(line, handoff, usage, prepared, inherited=thought.latent_steps - len(steps))
     return AIMessageChunk(
         content=line,
         usage_metadata=_usage(usage, prepared),
@@ -65,7 +66,7 @@ def answer_chunk(
     handle = handle.labelled(agent=scope.agent, text=answer_line(generation))
     inherited = generation.context.latent_steps
     metadata = _metadata(model, generation.finish_reason, handle) | {
-        METADATA_KEY: _made(generation.handoff, generation.usage, prepared, inherited=inherited)
+        METADATA_KEY: _made(generation.text, generation.handoff, generation.usage, prepared, inherited=inherited)
     }
     if generation.logprobs is not None:
         metadata["logprobs"] = {"content": [_logprob(token) for token in generation.logprobs]}
@@ -91,7 +92,7 @@ def _metadata(model: str, finish_reason: str, handle: ContextHandle) -> dict[str
     }
 
 
-def _made(handoff: Handoff, usage: Usage, prepared: Prepared, *, inherited: int) -> dict[str, Any]:
+def _made(content: str, handoff: Handoff, usage: Usage, prepared: Prepared, *, inherited: int) -> dict[str, Any]:
     mode, reason = _rung(handoff, prepared)
     return handoff.to_metadata() | {
         "mode": mode,
@@ -99,6 +100,7 @@ def _made(handoff: Handoff, usage: Usage, prepared: Prepared, *, inherited: int)
         "latent_steps": usage.latent_steps + prepared.latent_steps,
         "tokens_decoded": usage.completion_tokens,
         "tokens_not_decoded": inherited,
+        DIGEST_KEY: content_digest(content),
     }
 
 

@@ -27,7 +27,7 @@ from langchain_core.tools import BaseTool
 from pydantic import AliasChoices, ConfigDict, Field, SkipValidation, model_validator
 
 from avp_agents.context import LatentMethod
-from avp_agents.engine.base import Engine
+from avp_agents.engine.base import Engine, Message
 from avp_agents.errors import ConfigurationError
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_langgraph.answers import PROVIDER, shown_name
@@ -240,6 +240,23 @@ class AvpChatModel(BaseChatModel):
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
 
+    def get_num_tokens(self, text: str) -> int:
+        """Tokens of `text` by the model's own tokenizer."""
+        if self.custom_get_token_ids is not None:
+            return super().get_num_tokens(text)
+        count = self._engine_for(self.model_name).count_tokens
+        return count(_said(text)) - count(_said(""))
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The ids that `custom_get_token_ids` gives.
+
+        Raises:
+            ConfigurationError: It was not passed. An engine counts tokens but does not tell their ids.
+        """
+        if self.custom_get_token_ids is None:
+            raise ConfigurationError("For token ids pass custom_get_token_ids=, such as the tokenizer's encode.")
+        return super().get_token_ids(text)
+
     def get_num_tokens_from_messages(
         self,
         messages: list[BaseMessage],
@@ -270,3 +287,8 @@ class AvpChatModel(BaseChatModel):
         if self.engine is not None and model == self.model_name:
             return self.engine
         return shared_engine(model, self.engine_options, namespace=self.namespace)
+
+
+def _said(text: str) -> list[Message]:
+    """A prompt in which a user says `text`."""
+    return [{"role": "user", "content": text}]

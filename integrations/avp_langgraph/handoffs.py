@@ -5,7 +5,7 @@ it, the ladder goes on:
 
     held       a later message's context holds it: nothing is missing
     rethink    it stood for latent steps, and the messages before it are there: think again on them
-    text       it stood for an answer, whose text is in the message: that is read instead
+    text       it stood for an answer (or was edited), and the message has its text: that is read instead
     lost       neither: the answer is generated without it, with a warning, or `ContextLostError`
 
 `prepare` is written once, as a generator that asks for what has to wait for store or engine; `run` and `arun` carry
@@ -195,6 +195,9 @@ def _resolve(
     for turn in reversed(turns):
         if turn.handle is None:
             found.append(None)
+            continue
+        if turn.is_edited:
+            found.append(InvalidHandleError("The message was edited after its context was made."))
             continue
         try:
             context = known.find(turn.handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
@@ -20,6 +21,9 @@ METADATA_KEY = "avp"
 THINK_KEY = "think"
 """Where that says, for a message that stands for latent steps, how those were made (a `LatentRecipe`'s fields)."""
 
+DIGEST_KEY = "content"
+"""Where that says what the message's content was, as a digest: edited messages no longer stand for their context."""
+
 _ROLES: dict[type[BaseMessage], str] = {
     SystemMessage: "system",
     HumanMessage: "user",
@@ -36,12 +40,14 @@ class Turn:
         message: What the engine renders when no context stands for this turn: ``role``, ``content``, ...
         handle: The handle of the context that the message claims to stand for; None where it claims none. Untrusted,
             like the recipe: graph state can be edited.
+        is_edited: The content is no longer what it was when the context was made; the content counts.
         is_thought: The content is a line for people that tells of latent steps; it is never rendered to a model.
         recipe: How those steps were made; None where that is not known.
     """
 
     message: Mapping[str, Any]
     handle: object = None
+    is_edited: bool = False
     is_thought: bool = False
     recipe: LatentRecipe | None = field(default=None, compare=False)
 
@@ -53,6 +59,11 @@ def read_messages(messages: Sequence[BaseMessage]) -> list[Turn]:
         PromptError: A message has content other than text, or is of a kind that no chat template knows.
     """
     return [_read(message) for message in messages]
+
+
+def content_digest(text: str) -> str:
+    """16 hex digits that tell whether a message's content was edited."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def _read(message: BaseMessage) -> Turn:
@@ -67,7 +78,11 @@ def _read(message: BaseMessage) -> Turn:
         chat_message["tool_calls"] = calls
     handle = message.response_metadata.get(HANDLE_KEY)
     made = message.response_metadata.get(METADATA_KEY)
-    if isinstance(made, Mapping) and THINK_KEY in made:
+    if not isinstance(made, Mapping):
+        return Turn(chat_message, handle)
+    if made.get(DIGEST_KEY, digest := content_digest(chat_message["content"])) != digest:
+        return Turn(chat_message, handle, is_edited=True)
+    if THINK_KEY in made:
         return Turn(chat_message, handle, is_thought=True, recipe=_read_recipe(made[THINK_KEY]))
     return Turn(chat_message, handle)
 

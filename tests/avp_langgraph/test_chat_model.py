@@ -277,11 +277,18 @@ class TestMessages:
         thought = researcher.invoke([QUESTION])
         alone = engine.count_tokens([{"role": "user", "content": QUESTION.text}])
 
+        assert solver.get_num_tokens("four") == 4
         assert solver.get_num_tokens_from_messages([QUESTION]) == alone
         assert solver.get_num_tokens_from_messages([QUESTION, thought]) == alone + 7
         assert trim_messages([QUESTION, HumanMessage("last")], max_tokens=10, token_counter=solver) == [
             HumanMessage("last")
         ]
+
+    def test_token_ids_need_a_tokenizer(self, engine: FakeEngine, solver: AvpChatModel) -> None:
+        with pytest.raises(ConfigurationError, match="pass custom_get_token_ids="):
+            solver.get_token_ids("four")
+
+        assert AvpChatModel(engine=engine, custom_get_token_ids=lambda text: [4, 2]).get_num_tokens("four") == 2
 
 
 class TestStateAndTraces:

@@ -137,6 +137,21 @@ class TestEditedState:
         assert made(solver.invoke([QUESTION, with_metadata(thought, avp_context=handle)]))["mode"] == "rethink"
         assert made(solver.invoke([QUESTION], avp_context=handle))["mode"] == "lost"
 
+    def test_an_edited_answer_counts_as_it_reads_now(self, engine: FakeEngine, solver: AvpChatModel) -> None:
+        edited = solver.invoke([QUESTION]).model_copy(update={"content": "It is 411."})
+        reply = solver.invoke([QUESTION, edited, FOLLOW_UP])
+
+        assert made(reply)["mode"] == "text"
+        assert "edited" in made(reply)["reason"]
+        assert engine.requests[-1].text == f"|{QUESTION.text}||It is 411.||{FOLLOW_UP.text}||"
+
+    def test_a_line_that_was_replaced_by_an_answer_is_read(
+        self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage
+    ) -> None:
+        solver.invoke([QUESTION, thought.model_copy(update={"content": "It is 411."}), FOLLOW_UP])
+
+        assert "It is 411." in engine.requests[-1].text
+
     @pytest.mark.parametrize("recipe", [None, {}, {"method": "soft", "steps": "many"}, {"method": "soft", "steps": 0}])
     def test_a_thought_that_says_not_how_it_was_made_is_lost(
         self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage, recipe: Any

@@ -183,6 +183,18 @@ def test_a_thread_goes_on_from_its_checkpoint(engine: FakeEngine, checkpointer: 
     assert resumed["messages"][-1].response_metadata["avp"]["mode"] == "kv"
 
 
+def test_another_threads_handle_is_refused_and_the_graph_goes_on(engine: FakeEngine) -> None:
+    graph = researcher_solver(engine, InMemorySaver())
+    ours = graph.invoke({"messages": [QUESTION]}, {"configurable": {"thread_id": "a"}})
+    theirs: Any = {"configurable": {"thread_id": "b"}}
+    graph.invoke({"messages": [HumanMessage("Another question")]}, theirs, interrupt_before=["solver"])
+    graph.update_state(theirs, {"contexts": {"researcher": ours["contexts"]["researcher"]}}, as_node="researcher")
+    result = graph.invoke(None, theirs)
+
+    assert result["messages"][-1].response_metadata["avp"]["mode"] == "lost"
+    assert engine.requests[-1].base is None
+
+
 def test_a_pydantic_state_works_too(engine: FakeEngine) -> None:
     class Record(BaseModel):
         messages: Annotated[list[AnyMessage], operator.add]

@@ -14,7 +14,7 @@ from tiny_models import REFUSED, SLIDING, SUPPORTED, UNUSUAL, WINDOW, TinyModels
 
 from avp_agents import Context, LatentEngine
 from avp_agents.context import lineage_prefix
-from avp_agents.errors import ContextWindowError, UnsupportedModelError
+from avp_agents.errors import ContextWindowError, FingerprintMismatchError, UnsupportedModelError
 
 STEPS, TOKENS = 5, 16
 ANALYSE = "What is the sum of 24 and 17? Think before you answer."
@@ -89,6 +89,17 @@ async def test_a_ragged_mixture_runs_in_one_batch(engine: LatentEngine, referenc
         assert answer.token_ids == reference.generate(before_answer(answer), 5).token_ids
 
 
+async def test_long_prompts_are_prefilled_in_pieces(engine: LatentEngine, reference: Reference) -> None:
+    """Two prompts that no single round takes in, and a short one beside them, are read as they are alone."""
+    prompts = ["the quick brown fox jumps over the lazy dog " * 55, "why is it? " * 120, "Why?"]
+    assert all(engine.count_tokens(prompt) > 512 for prompt in prompts[:2])
+
+    answers = await asyncio.gather(*(engine.agenerate(prompt, max_tokens=4) for prompt in prompts))
+
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.token_ids == reference.generate(reference.render(prompt), 4).token_ids
+
+
 def test_a_fork_from_the_middle_continues_from_there(engine: LatentEngine, reference: Reference) -> None:
     """A context cut back into its parent's answer continues as if nothing had ever followed the cut."""
     context = engine.think(ANALYSE, steps=STEPS)
@@ -151,6 +162,17 @@ def test_answers_cross_their_sliding_window(engine: LatentEngine, reference: Ref
     boundary = before_answer(answer)[len(context) :]
     expected = reference.generate([*prompt, *thought.embeddings, *boundary], 2 * WINDOW)
     assert answer.token_ids == expected.token_ids
+
+
+def test_a_context_of_other_weights_is_refused(tiny: TinyModels, open_engine: Callable[..., LatentEngine]) -> None:
+    """Same architecture and tokenizer, other weights or another dtype: the context is not silently used."""
+    context = open_engine(tiny.path("llama")).think(ANALYSE, steps=2)
+
+    for other in (open_engine(tiny.path("llama", seed=1)), open_engine(tiny.path("llama"), dtype="bfloat16")):
+        with pytest.raises(FingerprintMismatchError):
+            other.generate(ANSWER, context=context)
+        with pytest.raises(FingerprintMismatchError):
+            other.replay(context)
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

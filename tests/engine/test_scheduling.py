@@ -260,7 +260,7 @@ def test_an_evicted_kv_cache_comes_back_from_the_store(path: str, open_engine: C
     first = engine.generate("Why?", context=context, max_tokens=6).token_ids
     handle = engine.store.put(context, kv=False)
 
-    others = [engine.think(prompt, steps=3) for prompt in PROMPTS[1:5]]
+    engine.generate("Why?", max_tokens=120)
     assert context.kv is None
     wait_until(lambda: engine.store.get(handle).kv is not None)
     again = engine.generate("Why?", context=context, max_tokens=6)
@@ -268,7 +268,6 @@ def test_an_evicted_kv_cache_comes_back_from_the_store(path: str, open_engine: C
     assert again.token_ids == first
     assert again.handoff.mode == "kv"
     assert again.handoff.bytes >= len(context) * POSITION_BYTES
-    assert len(others) == 4
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

@@ -31,7 +31,7 @@ CHATML = (
 )
 WINDOW = 8
 """Positions a sliding layer sees; every prompt of the tests is longer."""
-MAX_POSITIONS = 512
+MAX_POSITIONS = 1024
 
 _TEXT = (
     "the quick brown fox jumps over the lazy dog and then it rests under the old tree. "

@@ -43,7 +43,9 @@ class _Hub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in FILES | UNWANTED]
             content = json.dumps({"id": "someone/tiny", "sha": REVISION, "siblings": siblings}).encode()
         elif api.startswith(f"tree/{REVISION}"):
-            entries = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in (FILES | UNWANTED).items()]
+            entries = [
+                {"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in (FILES | UNWANTED).items()
+            ]
             content = json.dumps(entries).encode()
         elif name in FILES:
             content = FILES[name]

@@ -159,6 +159,18 @@ def test_putting_again_repairs(folder: Path, kind: str) -> None:
     assert check_reads(folder) == 0
 
 
+def test_a_kv_cache_is_not_paired_with_latents_that_replaced_its_own(folder: Path) -> None:
+    """A torn lineage is put again by another run, whose latents differ in their last bits; the old KV stays unused."""
+    for path in files(folder, "segment"):
+        path.write_bytes(b"torn")
+    store = DiskStore(folder, namespace=TENANT)
+
+    handle = store.put(make_context(values=1), kv=False)
+
+    assert_same_lineage(store.get(handle), make_context(values=1))
+    assert store.get(handle).kv_len <= len(PARENT.lineage[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prune_removes_what_cannot_be_read(folder: Path, kind: str) -> None:
     for path in files(folder, kind):
