@@ -9,8 +9,10 @@ from avp_agents.engine.kv_pool import KvPool
 from avp_agents.engine.loading import Forward, LoadedModel, decoder_of, last_hidden
 from avp_agents.errors import UnsupportedModelError
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-"""Largest relative deviation of a last hidden state; a wrong mask or position gives errors of the order of 1."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
+"""Largest relative deviation of last hidden states. In float32 it holds for every position. In half precision single
+positions of a sound model deviate by 0.4 between two of transformers' own attentions, so it holds for the median; a wrong
+mask or position gives errors of the order of 1 at most positions."""
 _LONG, _SHORT, _CUT = 13, 6, 9
 
 
@@ -32,7 +34,8 @@ def verify_exactness(loaded: LoadedModel, pool: KvPool) -> None:
         raise UnsupportedModelError(
             f"{type(loaded.model).__name__} does not run on the KV pool: {type(error).__name__}: {error}"
         ) from error
-    deviation = float((pooled - plain).norm(dim=-1).max() / plain.norm(dim=-1).mean())
+    deviations = (pooled - plain).norm(dim=-1) / plain.norm(dim=-1)
+    deviation = float(deviations.max() if loaded.dtype is torch.float32 else deviations.median())
     if not deviation <= TOLERANCE[loaded.dtype]:
         raise UnsupportedModelError(
             f"{type(loaded.model).__name__} on the KV pool deviates by {deviation:.2g} (relative) from the model "

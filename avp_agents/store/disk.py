@@ -96,7 +96,7 @@ class DiskStore(ContextStore):
 
     @_disk_errors()
     def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
-        """See `ContextStore.get`. A KV-cache that lies in one file is memory-mapped, not read."""
+        """See `ContextStore.get`. A KV-cache that lies in one file is memory-mapped, not copied."""
         handle_id = id_of_handle(handle)
         record = self._live(handle_id)
         known = record is not None and (scope is None or self._is_of(record, scope))

@@ -99,8 +99,11 @@ def read_kv(
         status = os.fstat(file.fileno())
         if status.st_size <= _MAC_OFFSET + _MAC_DIGITS:
             raise IntegrityError(f"{status.st_size} bytes are too few for a KV file")
-        # a private mapping: what a reader writes into these tensors never reaches the file
-        mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
+        try:
+            # a private mapping: what a reader writes into these tensors never reaches the file
+            mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
+        except ValueError as error:
+            raise IntegrityError("shrank while it was opened") from error
     header_length = int.from_bytes(mapped[:_LENGTH_BYTES], "little")
     start = _LENGTH_BYTES + header_length
     if start > status.st_size or mapped[_LENGTH_BYTES:_MAC_OFFSET] != _HEAD:

@@ -306,6 +306,7 @@ class TestStateAndTraces:
         assert "/home" not in json.dumps(answer.response_metadata)
         assert model._get_ls_params()["ls_model_name"] == "tiny"  # pyright: ignore[reportTypedDictNotRequiredAccess]
 
+    @pytest.mark.filterwarnings("ignore:The function `load` is in beta")
     def test_the_configuration_is_serialised_without_the_engine(self, engine: FakeEngine) -> None:
         model = AvpChatModel(engine=engine, mode="latent", temperature=0.0, namespace="tests")
         data = dumpd(model)

@@ -251,6 +251,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], engines: Call
         engines("llama").think("Why?", **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*latent steps:UserWarning")
 def test_more_steps_than_the_window_holds_are_refused_before_they_start(
     engines: Callable[[str], LatentEngine],
 ) -> None:

@@ -169,7 +169,10 @@ REFUSED: dict[str, Family] = {
         "jamba",
         _llama(num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4, use_mamba_kernels=False),
     ),
-    "per-layer-token-embeddings": ("gemma4_text", _four_layers(global_head_dim=16)),
+    "per-layer-token-embeddings": (
+        "gemma4_text",
+        _four_layers(global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=380),
+    ),
     "bidirectional": (
         "bert",
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},
