@@ -10,9 +10,9 @@ from avp_agents.engine.loading import Forward, LoadedModel, decoder_of, last_hid
 from avp_agents.errors import UnsupportedModelError
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.2}
-"""Largest relative deviation of last hidden states. In float32 it holds for every position. In half precision single
-positions of a sound model deviate by 0.4 between two of transformers' own attentions, so it holds for the median; a wrong
-mask or position gives errors of the order of 1 at most positions."""
+"""Largest relative deviation of last hidden states, in float32 of every position, in half precision of the median one:
+there single positions of a sound model differ by 0.4 between two of transformers' own attentions. A wrong mask or
+position gives errors of the order of 1 at most positions."""
 _LONG, _SHORT, _CUT = 13, 6, 9
 
 

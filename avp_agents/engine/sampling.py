@@ -223,7 +223,8 @@ class RowSampler:
         token_ids = torch.arange(len(scores), device=scores.device)
         if 0 < params.top_k < len(scores):
             token_ids = (scores >= scores.topk(params.top_k).values[-1]).nonzero()[:, 0]
-        weights = scores[token_ids].softmax(dim=-1)
+            scores = scores[token_ids]
+        weights = scores.softmax(dim=-1)
         if params.top_p < 1:
             nucleus = _nucleus(weights, params.top_p)
             token_ids, weights = token_ids[nucleus], weights[nucleus]
@@ -242,7 +243,7 @@ class RowSampler:
             return int(self.scores(row).max(dim=-1).indices)
         token_ids, weights = self.distribution(row)
         # On the CPU and in id order, so that the same numbers meet the same tokens on every device.
-        cumulative = np.cumsum(weights.double().cpu().numpy())
+        cumulative = np.cumsum(weights.cpu().numpy(), dtype=np.float64)
         if not np.isfinite(cumulative[-1]):
             raise NumericalError(
                 f"temperature {self.params.temperature} and repetition_penalty {self.params.repetition_penalty} "
@@ -266,8 +267,8 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
     # All entries lighter than this together weigh less than 1 - top_p, so they need not be sorted.
     heavy = (weights >= (1 - top_p) / len(weights)).nonzero()[:, 0]
     ordered, order = weights[heavy].sort(descending=True, stable=True)
-    before = ordered.double().cumsum(dim=-1) - ordered.double()
-    rest = (weights.double().sum() - before).float()
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    rest = (weights.sum(dtype=torch.float64) - before).float()
     kept = rest > 1 - top_p
     kept[0] = True
     return heavy[order[kept]].sort().values

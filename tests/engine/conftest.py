@@ -14,7 +14,7 @@ from tiny_models import TinyModels
 from avp_agents import LatentEngine, MemoryStore, Namespace
 
 OpenEngine = Callable[..., LatentEngine]
-POOL_BYTES = 64 * 2**20
+POOL_BYTES = 8 * 2**20
 TENANT = Namespace("engine-tests", b"k" * 32)
 
 

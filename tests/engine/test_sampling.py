@@ -180,7 +180,7 @@ class TestAgainstTransformers:
         request = RowSampler(make_params(repetition_penalty=1.5), PROMPT)
         seen = list(PROMPT)
         for row in logits:
-            expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([seen]), row[None])[0]
+            expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.LongTensor([seen]), row[None])[0]
             assert torch.equal(request.scores(row), expected)
             seen += draw(row[None], request)
             assert seen[-1] == expected.argmax()
