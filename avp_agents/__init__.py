@@ -12,10 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avp_agents.context import Context, ContextHandle, ContextHandleState, LatentSegment, Readout, TokenSegment
+    from avp_agents.context import Context, LatentSegment, Readout, TokenSegment
     from avp_agents.engine.base import Chunk, Engine, Generation
     from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.errors import AvpError
+    from avp_agents.handle import ContextHandle, ContextHandleState
     from avp_agents.store import ContextStore, DiskStore, MemoryStore, Namespace, TieredStore
     from avp_agents.usage import Handoff, Usage
 
@@ -23,8 +24,8 @@ _HOME = {
     "AvpError": "errors",
     "Chunk": "engine.base",
     "Context": "context",
-    "ContextHandle": "context",
-    "ContextHandleState": "context",
+    "ContextHandle": "handle",
+    "ContextHandleState": "handle",
     "ContextStore": "store",
     "DiskStore": "store",
     "Engine": "engine.base",

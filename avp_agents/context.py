@@ -7,26 +7,22 @@ cache of that lineage: it may be on the device, on the host, on disk or gone, an
 from __future__ import annotations
 
 import hashlib
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from avp_agents.errors import ConfigurationError, InvalidHandleError, NotStoredError
+from avp_agents.errors import ConfigurationError, NotStoredError
 
 if TYPE_CHECKING:
     import torch
 
+    from avp_agents.handle import ContextHandle
+    from avp_agents.kv_cache import KvCache
     from avp_agents.usage import Handoff, Usage
 
 LatentMethod = Literal["soft", "ridge", "rescale"]
-_HANDLE_ID = re.compile(r"avp:1:[0-9a-f]{32}")
-_HANDLE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -131,72 +127,6 @@ class Readout:
         """Bytes of the three tensors."""
         tensors = (self.hidden, self.token_ids, self.probabilities)
         return sum(t.numel() * t.element_size() for t in tensors)
-
-
-class KvCache(ABC):
-    """The KV-cache of a lineage's first `length` positions, wherever it lies.
-
-    A value: `length` positions never change. An implementation may lose its memory (eviction); then `available` turns
-    False and `to_host` raises `KvMemoryError`.
-    """
-
-    length: int
-
-    @property
-    @abstractmethod
-    def available(self) -> bool:
-        """Whether the tensors can still be read."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-
-    @property
-    @abstractmethod
-    def on_device(self) -> bool:
-        """Whether the tensors lie in an engine's own KV pool (and count against its budget, not a store's)."""
-
-    @abstractmethod
-    def to_host(self, start: int = 0, stop: int | None = None) -> HostKv:
-        """Positions ``start:stop`` as host tensors. Copies when the cache is on a device, else returns views."""
-
-
-@dataclass(frozen=True, eq=False)
-class HostKv(KvCache):
-    """A KV-cache in host memory (or memory-mapped), in the model-neutral layout.
-
-    Attributes:
-        layers: One ``(keys, values)`` pair per layer, each ``[kv_heads, length, head_dim]``; keys carry their rotation.
-    """
-
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-    @property
-    def length(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Positions held."""
-        return int(self.layers[0][0].shape[1]) if self.layers else 0
-
-    @property
-    def available(self) -> bool:
-        """Always: host tensors are owned by this object."""
-        return True
-
-    @property
-    def on_device(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for pair in self.layers for t in pair)
-
-    def to_host(self, start: int = 0, stop: int | None = None) -> HostKv:
-        """Views of positions ``start:stop``."""
-        if start == 0 and stop in (None, self.length):
-            return self
-        return HostKv(tuple((k[:, start:stop], v[:, start:stop]) for k, v in self.layers))
 
 
 @dataclass
@@ -312,6 +242,24 @@ class Context:
         """How the context's parent was used when it was made; None for a context that came out of a store."""
         return self._attached.handoff
 
+    def prefix(self, positions: int) -> Context:
+        """The context of the first `positions` positions, to fork or roll back; a token segment may be cut.
+
+        Raises:
+            ConfigurationError: The cut would fall inside a run of latent steps.
+        """
+        kept: list[Segment] = []
+        for segment in self.lineage:
+            if positions <= 0:
+                break
+            if len(segment) > positions:
+                if isinstance(segment, LatentSegment):
+                    raise ConfigurationError("A lineage cannot be cut inside a run of latent steps.")
+                segment = TokenSegment(segment.token_ids[:positions])
+            kept.append(segment)
+            positions -= len(segment)
+        return Context(self.fingerprint, self.dtype, tuple(kept))
+
     def attach(
         self,
         *,
@@ -340,108 +288,3 @@ class Context:
         if self._attached.handle is None:
             raise NotStoredError("This context was never stored. Call store.put(context), which returns its handle.")
         return self._attached.handle
-
-
-class ContextHandleState(TypedDict):
-    """A handle as plain JSON data, for graph state. Under 300 bytes; no path, URL, device or secret."""
-
-    v: int
-    id: str
-    agent: str
-    model: str
-    tokens: int
-    bytes: int
-    text: str
-    created: str
-
-
-@dataclass(frozen=True)
-class ContextHandle:
-    """A small, opaque reference to a stored context.
-
-    Attributes:
-        id: ``"avp:1:"`` and 32 hex digits, a digest keyed by the namespace.
-        model: First 16 digits of the model's fingerprint.
-        tokens: Positions of the lineage.
-        bytes: Bytes of lineage and readout.
-        agent: Who produced it (a node's name, a role), for people.
-        text: One short line for people; never rendered to a model that resolves the handle.
-        created: ISO 8601 time in UTC.
-    """
-
-    id: str
-    model: str = ""
-    tokens: int = 0
-    bytes: int = 0
-    agent: str = ""
-    text: str = ""
-    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not _HANDLE_ID.fullmatch(self.id):
-            raise InvalidHandleError(
-                f"Not a context handle id: {str(self.id)[:60]!r} (expected 'avp:1:' + 32 hex digits)."
-            )
-
-    def to_state(self) -> ContextHandleState:
-        """The handle as JSON data, texts cut so that it stays under 300 bytes."""
-        return {
-            "v": _HANDLE_VERSION, "id": self.id, "agent": _cut(self.agent, 32), "model": self.model,
-            "tokens": self.tokens, "bytes": self.bytes, "text": _cut(self.text, 80), "created": self.created,
-        }  # fmt: skip
-
-    @classmethod
-    def from_state(cls, state: ContextHandle | ContextHandleState | dict[str, Any] | str) -> ContextHandle:
-        """Read a handle from graph state, which is untrusted input.
-
-        Raises:
-            InvalidHandleError: It is not well formed, or of a version this release does not know.
-        """
-        if isinstance(state, ContextHandle):
-            return state
-        if isinstance(state, str):
-            return cls(id=state)
-        if not isinstance(state, dict):
-            raise InvalidHandleError(f"A handle is a dict or a string, not {type(state).__name__}.")
-        if state.get("v") != _HANDLE_VERSION:
-            raise InvalidHandleError(
-                f"Handle version {state.get('v')!r} is unknown; this release reads {_HANDLE_VERSION}."
-            )
-        given: dict[str, Any] = {"id": state.get("id", "")}
-        given |= {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created")}
-        try:
-            given |= {name: int(state.get(name, 0)) for name in ("tokens", "bytes")}
-        except (TypeError, ValueError) as error:
-            raise InvalidHandleError("A handle's 'tokens' and 'bytes' must be integers.") from error
-        return cls(**given)
-
-    def labelled(self, *, agent: str, text: str) -> ContextHandle:
-        """The same handle with another agent's name and line of text."""
-        return replace(self, agent=agent, text=text)
-
-
-def _cut(text: str, limit: int) -> str:
-    """`text` in at most `limit` UTF-8 bytes."""
-    raw = text.encode()
-    if len(raw) <= limit:
-        return text
-    return raw[: limit - 3].decode(errors="ignore") + "…"
-
-
-def lineage_prefix(lineage: Sequence[Segment], positions: int) -> tuple[Segment, ...]:
-    """The lineage's first `positions` positions; a token segment may be cut, a latent one may not.
-
-    Raises:
-        ConfigurationError: The cut would fall inside a latent segment.
-    """
-    kept: list[Segment] = []
-    for segment in lineage:
-        if positions <= 0:
-            break
-        if len(segment) > positions:
-            if isinstance(segment, LatentSegment):
-                raise ConfigurationError("A lineage cannot be cut inside a run of latent steps.")
-            segment = TokenSegment(segment.token_ids[:positions])
-        kept.append(segment)
-        positions -= len(segment)
-    return tuple(kept)

@@ -1,27 +1,27 @@
 """Every failure a caller can meet. Each class names one situation; each message says what to do about it.
 
-    AvpError
-    ├── ConfigurationError        an option is unknown, out of range, or contradicts another
-    ├── PromptError               a prompt cannot be rendered (no template, media content, unknown role)
-    ├── ContextWindowError        prompt, context and requested positions exceed the model's window
-    ├── ModelError
-    │   ├── ModelNotFoundError        no source has the weights
-    │   ├── UnsupportedModelError     the architecture cannot be represented exactly
-    │   └── FingerprintMismatchError  a context belongs to other weights
-    ├── EngineError
-    │   ├── EngineBusyError           the request queue is full
-    │   ├── EngineClosedError         the engine was closed, or belongs to the parent of a fork
-    │   ├── KvMemoryError             the KV pool cannot hold the request at all
-    │   ├── RequestTimeoutError       a request ran out of its time
-    │   ├── RequestCancelledError     a request was cancelled by its caller
-    │   └── NumericalError            NaN or Inf came out of the model
-    └── StoreError
-        ├── NotStoredError            the context was never put into a store
-        ├── InvalidHandleError        a handle is not well formed, or belongs to another scope
-        ├── ContextLostError          no tier holds the context any more
-        ├── IntegrityError            stored bytes do not match their MAC
-        ├── NamespaceKeyError         the namespace's key is missing, malformed or readable by others
-        └── StoreFullError            pinned contexts leave no room under the budget
+AvpError
+├── ConfigurationError        an option is unknown, out of range, or contradicts another
+├── PromptError               a prompt cannot be rendered (no template, media content, unknown role)
+├── ContextWindowError        prompt, context and requested positions exceed the model's window
+├── ModelError
+│   ├── ModelNotFoundError        no source has the weights
+│   ├── UnsupportedModelError     the architecture cannot be represented exactly
+│   └── FingerprintMismatchError  a context belongs to other weights
+├── EngineError
+│   ├── EngineBusyError           the request queue is full
+│   ├── EngineClosedError         the engine was closed, or belongs to the parent of a fork
+│   ├── KvMemoryError             the KV pool cannot hold the request at all
+│   ├── RequestTimeoutError       a request ran out of its time
+│   ├── RequestCancelledError     a request was cancelled by its caller
+│   └── NumericalError            NaN or Inf came out of the model
+└── StoreError
+    ├── NotStoredError            the context was never put into a store
+    ├── InvalidHandleError        a handle is not well formed, or belongs to another scope
+    ├── ContextLostError          no tier holds the context any more
+    ├── IntegrityError            stored bytes do not match their MAC
+    ├── NamespaceKeyError         the namespace's key is missing, malformed or readable by others
+    └── StoreFullError            pinned contexts leave no room under the budget
 """
 
 

@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, runtime_checkable
 
-from avp_agents.context import Context, ContextHandle, LatentMethod
+from avp_agents.context import Context, LatentMethod
+from avp_agents.handle import ContextHandle
 from avp_agents.usage import Handoff, Usage
 
 if TYPE_CHECKING:

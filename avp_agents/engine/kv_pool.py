@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from avp_agents.context import Context, HostKv, KvCache
+from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, KvMemoryError
+from avp_agents.kv_cache import HostKv, KvCache
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from collections.abc import Sequence as Seq
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from avp_agents.context import Context, ContextHandle
+from avp_agents.context import Context
 from avp_agents.engine.base import Chunk, GenerateOptions, Generation, Prompt, ThinkOptions
 from avp_agents.engine.delivery import ChunkStream, await_context, stream_chunks, wait_for_context
 from avp_agents.engine.model_runtime import EngineSettings, ModelRuntime
 from avp_agents.engine.model_source import InMemory, ModelSource, Pretrained
 from avp_agents.engine.request_builder import RequestBuilder
 from avp_agents.engine.scheduler import EngineStats, Scheduler
+from avp_agents.handle import ContextHandle
 from avp_agents.models import resolve_model
 from avp_agents.store import ContextStore, default_store
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from avp_agents.context import Context, HostKv, LatentRecipe
+from avp_agents.context import Context, LatentRecipe
 from avp_agents.engine.base import GenerateOptions, Prompt, ThinkOptions
 from avp_agents.engine.model_runtime import ModelRuntime
 from avp_agents.engine.prompt import PromptPlan
@@ -14,6 +14,7 @@ from avp_agents.engine.sampling import RowSampler, SamplingParams
 from avp_agents.engine.sequence import Answering, Event, Replaying, Request, Thinking
 from avp_agents.engine.stopping import TextStream
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, StoreError
+from avp_agents.kv_cache import HostKv
 from avp_agents.store import ContextStore
 
 DEGENERATE_STEPS = 40

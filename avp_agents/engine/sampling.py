@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,8 +170,9 @@ class RowSampler:
         self.generated = 0
         self._random = random.Random(params.seed)
         self._penalised = params.repetition_penalty != 1.0
-        self._seen: Tensor | None = None
-        self._unmarked = list(prompt_ids) if self._penalised else []
+        self._seen = set(prompt_ids) if self._penalised else set()
+        self._new = sorted(self._seen)
+        self._seen_index: Tensor | None = None
 
     @property
     def takes_argmax(self) -> bool:
@@ -186,8 +186,9 @@ class RowSampler:
     def accept(self, token_id: int) -> None:
         """Note a token as generated."""
         self.generated += 1
-        if self._penalised:
-            self._unmarked.append(token_id)
+        if self._penalised and token_id not in self._seen:
+            self._seen.add(token_id)
+            self._new.append(token_id)
 
     def scores(self, row: Tensor) -> Tensor:
         """The logits after repetition penalty and `min_tokens`.
@@ -200,9 +201,9 @@ class RowSampler:
         """
         scores = row.float()
         if self._penalised:
-            penalty = self.params.repetition_penalty
-            penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
-            scores = torch.where(self._mark_seen(scores), penalised, scores)
+            penalty, seen = self.params.repetition_penalty, self._seen_ids(scores)
+            before = scores[seen]
+            scores = scores.index_copy(0, seen, torch.where(before < 0, before * penalty, before / penalty))
         if self._stops_masked:
             stops = [t for t in self.params.stop_token_ids if t < len(scores)]
             scores = scores.index_fill(0, torch.tensor(stops, device=scores.device), -math.inf)
@@ -243,23 +244,23 @@ class RowSampler:
             return int(self.scores(row).max(dim=-1).indices)
         token_ids, weights = self.distribution(row)
         # On the CPU and in id order, so that the same numbers meet the same tokens on every device.
-        cumulative = np.cumsum(weights.cpu().numpy(), dtype=np.float64)
-        if not np.isfinite(cumulative[-1]):
+        cumulative = weights.cpu().cumsum(dim=-1, dtype=torch.float64)
+        total = float(cumulative[-1])
+        if not math.isfinite(total):
             raise NumericalError(
                 f"temperature {self.params.temperature} and repetition_penalty {self.params.repetition_penalty} "
                 "drive the logits to Inf; choose values nearer to 1."
             )
-        point = min(self._random.random() * cumulative[-1], np.nextafter(cumulative[-1], 0.0))
-        return int(token_ids[int(np.searchsorted(cumulative, point, side="right"))])
+        point = min(self._random.random() * total, math.nextafter(total, 0.0))
+        return int(token_ids[int(torch.searchsorted(cumulative, point, right=True))])
 
-    def _mark_seen(self, scores: Tensor) -> Tensor:
-        """``[vocab]`` bool: the ids of prompt and answer; only what came since the last call is written."""
-        if self._seen is None:
-            self._seen = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-        if new := [t for t in self._unmarked if t < len(scores)]:
-            self._seen[torch.tensor(new, device=scores.device)] = True
-        self._unmarked.clear()
-        return self._seen
+    def _seen_ids(self, scores: Tensor) -> Tensor:
+        """``[n]`` int64: the ids of prompt and answer that `scores` has; only what is new is moved to the device."""
+        if self._new or self._seen_index is None:
+            new = torch.tensor([t for t in self._new if t < len(scores)], dtype=torch.int64, device=scores.device)
+            self._seen_index = new if self._seen_index is None else torch.cat((self._seen_index, new))
+            self._new.clear()
+        return self._seen_index
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from avp_agents.context import Context, HostKv, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
+from avp_agents.context import Context, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
 from avp_agents.engine.base import Chunk, FinishReason, Generation, TokenLogprob
 from avp_agents.engine.kv_pool import Region
 from avp_agents.engine.runner import Inputs, Piece
 from avp_agents.engine.sampling import RowSampler, Sampled
 from avp_agents.engine.stopping import TextStream
+from avp_agents.kv_cache import HostKv
 from avp_agents.usage import Handoff, HandoffMode, Usage
 
 Event = Chunk | Context | BaseException

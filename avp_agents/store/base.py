@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from avp_agents.context import Context, ContextHandle
+from avp_agents.context import Context
+from avp_agents.handle import ContextHandle
 from avp_agents.store.namespace import Namespace
 
 AnyHandle = ContextHandle | Mapping[str, Any] | str

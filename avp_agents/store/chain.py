@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from avp_agents.context import HostKv, Readout, Segment
+from avp_agents.context import Readout, Segment
+from avp_agents.kv_cache import HostKv
 from avp_agents.store.folder import NamespaceFolder
 from avp_agents.store.kv_file import KvPart, join
 from avp_agents.store.segment_record import SegmentRecord, payload_bytes

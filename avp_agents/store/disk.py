@@ -12,8 +12,10 @@ from pathlib import Path
 
 import platformdirs
 
-from avp_agents.context import Context, ContextHandle, HostKv
+from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, ContextLostError, KvMemoryError, StoreError, StoreFullError
+from avp_agents.handle import ContextHandle
+from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
 from avp_agents.store.disk_budget import DiskBudget

@@ -11,8 +11,8 @@ from typing import cast
 
 import msgpack
 
-from avp_agents.context import ContextHandle
 from avp_agents.errors import IntegrityError
+from avp_agents.handle import ContextHandle
 from avp_agents.store.namespace import MAC_BYTES, Namespace
 
 VERSION = 1

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from avp_agents.context import HostKv
 from avp_agents.errors import ConfigurationError, IntegrityError
+from avp_agents.kv_cache import HostKv
 from avp_agents.store.namespace import MAC_BYTES, Namespace
 
 if TYPE_CHECKING:

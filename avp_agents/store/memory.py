@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from avp_agents.context import Context, ContextHandle
+from avp_agents.context import Context
 from avp_agents.errors import ContextLostError, StoreFullError
+from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.values import same_values

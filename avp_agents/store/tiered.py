@@ -7,8 +7,9 @@ import contextlib
 import logging
 import threading
 
-from avp_agents.context import Context, ContextHandle
+from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreError, StoreFullError
+from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.disk import DiskStore
 from avp_agents.store.memory import MemoryStore

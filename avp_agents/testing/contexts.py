@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from avp_agents.context import Context, HostKv, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
+from avp_agents.context import Context, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
+from avp_agents.kv_cache import HostKv
 
 FINGERPRINT = "00c0ffee" * 8
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8

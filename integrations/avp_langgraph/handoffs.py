@@ -19,7 +19,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from avp_agents.context import Context, ContextHandle, LatentRecipe
+from avp_agents.context import Context, LatentRecipe
 from avp_agents.engine.base import Engine, Message
 from avp_agents.errors import (
     AvpError,
@@ -29,6 +29,7 @@ from avp_agents.errors import (
     FingerprintMismatchError,
     InvalidHandleError,
 )
+from avp_agents.handle import ContextHandle
 from avp_agents.store.base import ContextStore
 from avp_agents.usage import HandoffMode
 from avp_langgraph.messages import Turn

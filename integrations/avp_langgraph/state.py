@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from typing_extensions import TypedDict
 
-from avp_agents.context import ContextHandle, ContextHandleState
 from avp_agents.errors import InvalidHandleError
+from avp_agents.handle import ContextHandle, ContextHandleState
 
 Contexts = dict[str, ContextHandleState | None]
 """Handles by key (a node's or branch's name); None marks one that was taken back."""

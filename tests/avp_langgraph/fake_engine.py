@@ -15,11 +15,13 @@ from typing import Any, Unpack
 
 import torch
 
-from avp_agents.context import Context, ContextHandle, HostKv, LatentRecipe, LatentSegment, TokenSegment
+from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
 from avp_agents.engine.base import Chunk, GenerateOptions, Generation, Prompt, ThinkOptions, TokenLogprob
 from avp_agents.engine.prompt_lineage import Line, LineageWalk
 from avp_agents.engine.turn_messages import read_messages
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, PromptError
+from avp_agents.handle import ContextHandle
+from avp_agents.kv_cache import HostKv
 from avp_agents.store import ContextStore, MemoryStore, Namespace
 from avp_agents.usage import Handoff, Usage
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 from langgraph.graph import END, START, MessagesState, StateGraph
 
-from avp_agents.context import Context, ContextHandle, TokenSegment
+from avp_agents.context import Context, TokenSegment
 from avp_agents.errors import InvalidHandleError
+from avp_agents.handle import ContextHandle
 from avp_langgraph import ContextState, merge_contexts
 
 IDS = st.integers(0, 3).map(lambda number: f"avp:1:{number:032x}")

@@ -18,8 +18,8 @@ from langgraph.types import RetryPolicy, Send
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from avp_agents.context import ContextHandle
 from avp_agents.errors import ConfigurationError
+from avp_agents.handle import ContextHandle
 from avp_langgraph import AvpChatModel, ContextState, GenerateNode, ThinkNode, merge_contexts
 
 QUESTION = HumanMessage("What is 24 * 17 + 3?")

@@ -13,7 +13,6 @@ from reference import ROUNDING, Method, Reference, before_answer, fed_latents, p
 from tiny_models import REFUSED, SLIDING, SUPPORTED, UNUSUAL, WINDOW, TinyModels
 
 from avp_agents import Context, LatentEngine
-from avp_agents.context import lineage_prefix
 from avp_agents.errors import ContextWindowError, FingerprintMismatchError, UnsupportedModelError
 
 STEPS, TOKENS = 5, 16
@@ -105,7 +104,7 @@ def test_a_fork_from_the_middle_continues_from_there(engine: LatentEngine, refer
     context = engine.think(ANALYSE, steps=STEPS)
     answer = engine.generate(ANSWER, context=context, max_tokens=TOKENS)
     cut = len(answer.context) - len(answer.token_ids) + 3
-    middle = Context(engine.fingerprint, engine.dtype, lineage_prefix(answer.context.lineage, cut))
+    middle = answer.context.prefix(cut)
 
     fork = engine.generate("Why?", context=middle, max_tokens=8)
 
@@ -114,14 +113,15 @@ def test_a_fork_from_the_middle_continues_from_there(engine: LatentEngine, refer
 
 
 def test_a_parent_stays_usable_after_its_children(engine: LatentEngine, reference: Reference) -> None:
-    """Two children of one context, made after each other, each see the parent and nothing of the other."""
+    """Children of one context, made after each other, see the parent and nothing of each other; nor do theirs."""
     context = engine.think(ANALYSE, steps=STEPS)
 
     children = [engine.generate(prompt, context=context, max_tokens=8) for prompt in ("Why?", ANSWER, "Why?")]
+    grandchildren = [engine.generate("Go on.", context=child.context, max_tokens=8) for child in children]
 
     assert children[0].token_ids == children[2].token_ids
-    for child in children:
-        assert child.token_ids == reference.generate(before_answer(child), 8).token_ids
+    for answer in [*children, *grandchildren]:
+        assert answer.token_ids == reference.generate(before_answer(answer), 8).token_ids
 
 
 def test_an_answer_can_be_continued(engine: LatentEngine, reference: Reference) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from avp_agents.context import Context, HostKv, KvCache
+from avp_agents.context import Context
 from avp_agents.errors import KvMemoryError
+from avp_agents.kv_cache import HostKv, KvCache
 
 
 class PoolKv(KvCache):

@@ -13,8 +13,9 @@ import torch
 from pool_kv import in_pool
 from safetensors import safe_open
 
-from avp_agents.context import Context, HostKv, LatentSegment, TokenSegment
+from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreError
+from avp_agents.kv_cache import HostKv
 from avp_agents.store import DiskStore, Namespace, durable
 from avp_agents.testing import ContextStoreConformance, make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage, thread_of

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from avp_agents.context import ContextHandle
 from avp_agents.errors import ContextLostError, StoreError
+from avp_agents.handle import ContextHandle
 from avp_agents.store import DiskStore
 from avp_agents.testing import make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
