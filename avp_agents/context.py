@@ -64,6 +64,10 @@ class TokenSegment:
 
     token_ids: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if self.token_ids and not (min(self.token_ids) >= 0 and max(self.token_ids) < 2**31):
+            raise ConfigurationError("Token ids lie between 0 and 2**31 - 1.")
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -135,7 +139,6 @@ class _Attachments:
 
     kv: KvCache | None = None
     handle: ContextHandle | None = None
-    scope: str = ""
     usage: Usage | None = None
     handoff: Handoff | None = None
 
@@ -223,11 +226,6 @@ class Context:
         """The handle of the newest put, None before the first."""
         return self._attached.handle
 
-    @property
-    def scope(self) -> str:
-        """The scope of the newest put."""
-        return self._attached.scope
-
     def with_kv(self, kv: KvCache) -> Context:
         """The same value with another KV-cache attached; this object keeps its own."""
         return replace(self, _attached=replace(self._attached, kv=kv))
@@ -265,12 +263,11 @@ class Context:
         *,
         kv: KvCache | None = None,
         handle: ContextHandle | None = None,
-        scope: str | None = None,
         usage: Usage | None = None,
         handoff: Handoff | None = None,
     ) -> None:
         """Note where this context's KV-cache or stored record is, or what making it cost. Its value does not change."""
-        given = {"kv": kv, "handle": handle, "scope": scope, "usage": usage, "handoff": handoff}
+        given = {"kv": kv, "handle": handle, "usage": usage, "handoff": handoff}
         for name, value in given.items():
             if value is not None:
                 setattr(self._attached, name, value)

@@ -82,7 +82,7 @@ class ContextHandle:
         given |= {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created")}
         try:
             given |= {name: int(state.get(name, 0)) for name in ("tokens", "bytes")}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InvalidHandleError("A handle's 'tokens' and 'bytes' must be integers.") from error
         return cls(**given)
 

@@ -67,11 +67,14 @@ class Layout:
         slots: ``[T]`` int64, the pool position each new key and value is written to.
         rows: The rows, in order; positions beyond the last row are padding whose output is zero.
         padded: Set for a captured step; then `rows` is not looked at.
+        realign: Compute every row on a copy of its queries, so that its place in the batch cannot change how they are
+            aligned in memory, and with that the last bits.
     """
 
     slots: torch.Tensor
     rows: Sequence[Row] = ()
     padded: PaddedRows | None = None
+    realign: bool = False
     _masks: dict[tuple[int, int | None, int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, row: Row, window: int | None, groups: int, like: torch.Tensor) -> torch.Tensor:
@@ -210,7 +213,10 @@ def _attend_row(
         first += max(0, row.length - window)
     span = slice(first, row.base + row.length)
     mask = layout.mask(row, window, groups, query) if count > 1 else None
-    out = _scores(query.reshape(kv_heads, groups * count, dim), keys[:, span], values[:, span], mask, scale, softcap)
+    stacked = query.reshape(kv_heads, groups * count, dim)
+    if layout.realign:
+        stacked = stacked.clone(memory_format=torch.contiguous_format)
+    out = _scores(stacked, keys[:, span], values[:, span], mask, scale, softcap)
     return out.reshape(heads, count, -1).transpose(0, 1)
 
 

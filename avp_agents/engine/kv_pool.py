@@ -23,6 +23,11 @@ from avp_agents.errors import ConfigurationError, KvMemoryError
 from avp_agents.kv_cache import HostKv, KvCache
 
 
+START_MULTIPLE = 16
+"""Regions start at multiples of it: matrix kernels sum in another order where their operands are aligned otherwise."""
+_ALIGNMENT = 64
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """What one attention layer stores per position.
@@ -272,8 +277,9 @@ class KvPool:
 
     def _first_fit(self, capacity: int) -> int | None:
         for start, stop in self._gaps():
-            if stop - start >= capacity:
-                return start
+            aligned = -(-start // START_MULTIPLE) * START_MULTIPLE
+            if stop - aligned >= capacity:
+                return aligned
         return None
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
@@ -319,8 +325,10 @@ def _buffer(shape: LayerShape, positions: int, dim: int) -> torch.Tensor:
     size = (shape.kv_heads, positions, dim)
     if shape.device.type != "cpu":
         return torch.zeros(size, dtype=shape.dtype, device=shape.device)
-    lazy = np.zeros(math.prod(size) * shape.dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(lazy).view(shape.dtype).view(size)
+    needed = math.prod(size) * shape.dtype.itemsize
+    lazy = np.zeros(needed + _ALIGNMENT, dtype=np.uint8)
+    first = -lazy.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(lazy[first : first + needed]).view(shape.dtype).view(size)
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

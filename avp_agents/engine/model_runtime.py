@@ -180,7 +180,7 @@ class ModelRuntime:
 
         def put() -> None:
             try:
-                self._store.put(copy, scope=context.scope)
+                self._store.add_kv(copy)
             except StoreError as error:
                 log.warning("An evicted KV-cache was not kept (its lineage is): %s", error)
 

@@ -17,8 +17,8 @@ def place(sequence: Sequence, pool: KvPool, *, exact_parents_only: bool) -> tupl
     Args:
         sequence: Not admitted yet.
         pool: The KV memory.
-        exact_parents_only: Use only what the base context's own run computed, not equal tokens that another run
-            computed in other shapes (whose last bits may differ).
+        exact_parents_only: Use only what the base context's own run computed, not equal tokens behind it that another
+            run computed in other shapes (whose last bits may differ).
 
     Returns:
         The region and how it was filled; None while running sequences hold the memory.
@@ -28,29 +28,30 @@ def place(sequence: Sequence, pool: KvPool, *, exact_parents_only: bool) -> tupl
     """
     started = time.monotonic()
     request = sequence.request
-    view, matched = _best_view(sequence.lineage, pool)
-    if exact_parents_only and (request.base is None or matched < len(request.base) - 1):
-        view, matched = None, 0
-    # the last position is always fed, since its hidden state is needed
-    most = sequence.total - 1 if sequence.total > 0 else 0
+    if exact_parents_only:
+        view, matched = _own_view(request.base, pool)
+    else:
+        view, matched = _best_view(sequence.lineage, pool)
+    # the last position is always fed again, since its hidden state is needed
+    most = sequence.total - 1
     host = request.host_kv
     from_host = 0
     if host is not None:
         source = request.base or request.prefix
         assert source is not None
-        from_host = min(host.length, shared_positions(source.lineage, sequence.lineage), most)
-    reused = min(matched, most)
-    if host is not None and from_host > reused:
+        from_host = min(host.length, shared_positions(source.lineage, sequence.lineage))
+    if host is not None and from_host > matched:
         region = pool.open(0, sequence.capacity, None)
         if region is None:
             return None
-        pool.upload(region, host, from_host)
+        pool.upload(region, host, min(from_host, most))
         moved = host.nbytes * from_host // host.length
-        return region, Placement(from_host, moved, time.monotonic() - started)
-    region = pool.open(reused, sequence.capacity, view if reused else None)
+        return region, Placement(from_host, min(from_host, most), moved, time.monotonic() - started)
+    start = min(matched, most)
+    region = pool.open(start, sequence.capacity, view if start else None)
     if region is None:
         return None
-    return region, Placement(reused, 0, time.monotonic() - started)
+    return region, Placement(matched, start, 0, time.monotonic() - started)
 
 
 def shared_positions(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> int:
@@ -78,6 +79,19 @@ def _common_ids(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     if one == other:
         return len(one)
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _own_view(base: Context | None, pool: KvPool) -> tuple[PooledKv | None, int]:
+    """A KV-cache of the base's own positions, from its own run or a descendant's."""
+    if base is None:
+        return None, 0
+    for view in pool.views():
+        context = view.context()
+        if context is not None and view.length >= len(base) - 1 and context.extends(base):
+            matched = min(view.length, len(base), shared_positions(context.lineage, base.lineage))
+            if matched >= len(base) - 1:
+                return view, matched
+    return None, 0
 
 
 def _best_view(lineage: tuple[Segment, ...], pool: KvPool) -> tuple[PooledKv | None, int]:

@@ -5,8 +5,10 @@ it. Which context that is, and which messages are rendered, is decided in `promp
 how turns are rendered in `turns`; how message content stays data in `prompt_encoder`.
 
 A base's lineage ends in an open assistant turn. The ids behind it first end that turn, without repeating an end-of-turn
-id that the lineage holds already. All plans end in a newly opened assistant turn, and hold one BOS at most: where the
-template (or, for raw text, the tokenizer) puts it, at the start of a fresh prompt.
+id that the lineage holds already. Where no message follows a thought, nothing is appended: the model says what it was
+about to say (an empty turn behind the thought is often answered by nothing at all). All other plans end in a newly
+opened assistant turn, and hold one BOS at most: where the template (or, for raw text, the tokenizer) puts it, at the
+start of a fresh prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from avp_agents.context import Context, TokenSegment
+from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.engine.base import Prompt
 from avp_agents.engine.prompt_encoder import PromptEncoder
 from avp_agents.engine.prompt_lineage import Line, LineageWalk
@@ -35,7 +37,8 @@ class PromptPlan:
 
     Attributes:
         base: The context that the new tokens are appended to, or None.
-        token_ids: The new positions, at least one; with a chat template they end in an open assistant turn.
+        token_ids: The new positions; with a chat template they end in an open assistant turn. Empty where a thought's
+            own open turn goes on.
         relation: ``"fresh"`` (no base), ``"continuation"`` (the base was made from the messages before it) or
             ``"handoff"`` (the base was made from another prompt, or given explicitly).
         reuse: A token-only context that begins like `token_ids`, so that its KV-cache may serve as far as they agree.
@@ -132,6 +135,8 @@ class PromptRenderer:
             messages = [turn.message for turn in line.pending]
             if line.base is None:
                 return renderer.whole(messages)
+            if not messages and isinstance(line.base.lineage[-1], LatentSegment):
+                return Rendering((), ("nothing new to say: the thought's own turn goes on",))
             return renderer.appended(messages, turn_ended=self._ends_turn(line.base))
 
         line = LineageWalk(turns, lambda line: rendering_of(line).token_ids).follow(context)

@@ -157,6 +157,6 @@ class Runner:
         slots.extend([self._pool.scratch] * padding)
         positions.extend([0] * padding)
         return (
-            Layout(slots=torch.tensor(slots, device=self._device), rows=tuple(rows)),
+            Layout(slots=torch.tensor(slots, device=self._device), rows=tuple(rows), realign=self._batch_invariant),
             torch.tensor(positions, device=self._device),
         )

@@ -71,11 +71,13 @@ class Placement:
 
     Attributes:
         reused: Positions whose keys and values were there.
+        start: The first position to feed; the last one is fed for its hidden state even where its keys are there.
         bytes_moved: Bytes uploaded from the host.
         seconds: Time for finding, copying and uploading.
     """
 
     reused: int = 0
+    start: int = 0
     bytes_moved: int = 0
     seconds: float = 0.0
 
@@ -101,9 +103,9 @@ class Sequence(ABC):
         self.admitted = self.prefilled = request.submitted
 
     def admit(self, region: Region, placement: Placement) -> None:
-        """Start in `region`, whose first ``placement.reused`` positions are this lineage's."""
+        """Start in `region`, whose first ``placement.start`` positions are this lineage's."""
         self.region, self.placement = region, placement
-        self.length = placement.reused
+        self.length = placement.start
         self.admitted = time.monotonic()
 
     @property
@@ -175,7 +177,7 @@ class Sequence(ABC):
         # the last sampled token of an answer never had keys and values, so feeding it is no replay
         mode: HandoffMode = "kv" if missing <= 1 else "replay"
         prefill = self.prefilled - self.admitted
-        replaying = prefill * missing / max(1, self.total - placement.reused) if mode == "replay" else 0.0
+        replaying = prefill * missing / max(1, self.total - placement.start) if mode == "replay" else 0.0
         where = "uploaded from the store" if placement.bytes_moved else "in the pool"
         reason = f"KV-cache {where}" if mode == "kv" else f"{missing} positions had no KV-cache"
         return Handoff(

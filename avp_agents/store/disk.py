@@ -91,7 +91,7 @@ class DiskStore(ContextStore):
         own = content_digests(context.lineage, context.dtype)
         handle = self.new_handle(context, scope=scope, agent=agent, text=text)
         handle = self._put_lineage(context, own, handle, ttl)
-        context.attach(handle=handle, scope=scope)
+        context.attach(handle=handle)
         if kv:
             self._put_kv(context, own)
         return handle
@@ -108,7 +108,7 @@ class DiskStore(ContextStore):
             raise ContextLostError(f"{handle_id} is not in {self.path} (for this namespace and scope), or no longer.")
         self._folder.touch(handle_id)
         context = Context(chain.fingerprint, chain.dtype, chain.lineage, chain.readout)
-        context.attach(kv=read_kv(self._folder, chain), handle=record.handle, scope=scope)
+        context.attach(kv=read_kv(self._folder, chain), handle=record.handle)
         return context
 
     @_disk_errors()

@@ -74,7 +74,7 @@ class MemoryStore(ContextStore):
     ) -> ContextHandle:
         """See `ContextStore.put`."""
         handle = self.keep(context, self.new_handle(context, scope=scope, agent=agent, text=text), kv=kv, ttl=ttl)
-        context.attach(handle=handle, scope=scope)
+        context.attach(handle=handle)
         return handle
 
     def keep(
@@ -110,9 +110,7 @@ class MemoryStore(ContextStore):
             self._hits += 1
             self._use(entry)
             self._recount(self._held[entry.recipe_id])
-            context = self._bound(entry)
-        context.attach(scope=scope)
-        return context
+            return self._bound(entry)
 
     def contains(self, handle: AnyHandle) -> bool:
         """See `ContextStore.contains`."""
@@ -379,5 +377,5 @@ class MemoryStore(ContextStore):
 def _without_kv(context: Context) -> Context:
     """The same value without a KV-cache, under the same handle."""
     twin = Context(context.fingerprint, context.dtype, context.lineage, context.readout)
-    twin.attach(handle=context.handle, scope=context.scope)
+    twin.attach(handle=context.handle)
     return twin

@@ -165,9 +165,12 @@ class TestAppendedTurns:
             assert cut[0] in renderer.stop_ids
             assert ended == cut[1:]
 
-    def test_no_messages_open_a_new_turn(self, tokenizers, renderers):
-        plan = renderers["chatml"].plan([], context=context_of(9, steps=1))
+    def test_no_messages_open_a_new_turn_behind_an_answer(self, tokenizers, renderers):
+        plan = renderers["chatml"].plan([], context=context_of(9))
         assert text_of(tokenizers["chatml"], plan.token_ids) == "<|im_end|>\n<|im_start|>assistant\n"
+
+    def test_no_messages_let_the_turn_of_a_thought_go_on(self, renderers):
+        assert renderers["chatml"].plan([], context=context_of(9, steps=1)).token_ids == ()
 
 
 class TestStopIds:

@@ -90,11 +90,11 @@ class TestContinuation:
             answer = agents.answer(messages, "hello", ended=turn % 2 == 0)
             messages.append(said("hello", answer))
 
-    def test_with_nothing_after_it_a_new_turn_is_opened(self, agents: Agents):
+    def test_with_nothing_after_a_thought_its_own_turn_goes_on(self, agents: Agents):
         thought = agents.think([QUESTION])
         plan = agents.plan([QUESTION, said(NOTE, thought)])
-        assert outcome(plan) == (thought, "continuation", ())
-        assert plan.token_ids == agents.plan([], thought).token_ids
+        assert (plan.base, plan.relation, plan.token_ids) == (thought, "continuation", ())
+        assert plan.notes == agents.plan([], thought).notes == ("nothing new to say: the thought's own turn goes on",)
 
     def test_a_message_changed_in_between_ends_it(self, agents: Agents):
         first = agents.answer([QUESTION], "411")

@@ -141,8 +141,9 @@ class TestAlternation:
         assert plan.notes == ("assistant message rendered in the user turn", USERS_MERGED)
 
     def test_nothing_after_a_context_where_only_users_open_a_turn(self):
+        cut_answer = Context(CONTEXT.fingerprint, CONTEXT.dtype, CONTEXT.lineage[:1])
         with pytest.raises(PromptError, match="opens no assistant turn after an assistant message; add a user message"):
-            planned(mistral(), [], CONTEXT)
+            planned(mistral(), [], cut_answer)
 
 
 class TestTools:
