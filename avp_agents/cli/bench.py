@@ -98,7 +98,8 @@ def _open(
         )
         for invariant in (False, True)
     )
-    return EngineBench(engine, invariant, TransformersPeer(engine.model_path, DTYPES[dtype], engine.device))
+    peer = engines.enter_context(TransformersPeer(engine.model_path, DTYPES[dtype], engine.device))
+    return EngineBench(engine, invariant, peer)
 
 
 def _measure(measured: EngineBench, group: str | None) -> list[Figure]:

@@ -22,7 +22,6 @@ from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, KvMemoryError
 from avp_agents.kv_cache import HostKv, KvCache
 
-
 START_MULTIPLE = 16
 """Regions start at multiples of it: matrix kernels sum in another order where their operands are aligned otherwise."""
 _ALIGNMENT = 64

@@ -125,9 +125,14 @@ class LatentStep:
         renormalise = method != "soft" if renormalise is None else renormalise
         return LatentRecipe(method, k, temperature, renormalise, steps, stop_cosine, stop_entropy)
 
+    def is_prepared(self, recipe: LatentRecipe) -> bool:
+        """Whether `prepare` has nothing to do."""
+        has_map = recipe.method != "ridge" or "ridge_map" in self.__dict__
+        return has_map and (not recipe.renormalise or "mean_norm" in self.__dict__)
+
     @torch.inference_mode()
     def prepare(self, recipe: LatentRecipe) -> None:
-        """Compute what f needs once per model, outside of the scheduler's thread.
+        """Compute what f needs once per model, before the scheduler's thread needs it.
 
         Raises:
             UnsupportedModelError: The method needs a head that this model does not have.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,13 @@ from avp_agents.engine.model_source import ModelSource
 from avp_agents.engine.probe import verify_exactness
 from avp_agents.engine.prompt import PromptRenderer
 from avp_agents.engine.runner import Runner
-from avp_agents.engine.scheduler import Scheduler
+from avp_agents.engine.scheduler import Machinery, Scheduler
 from avp_agents.errors import ConfigurationError, EngineClosedError, StoreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from avp_agents.context import LatentRecipe
     from avp_agents.store import ContextStore
 
 log = logging.getLogger(__name__)
@@ -95,14 +96,12 @@ class ModelRuntime:
     @property
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
-        self.scheduler  # noqa: B018  (closed engines are refused there)
-        return self._loaded
+        return self.scheduler.machinery.loaded
 
     @property
     def latent_step(self) -> LatentStep:
         """f(h)."""
-        self.scheduler  # noqa: B018
-        return self._latent_step
+        return self.scheduler.machinery.latent_step
 
     @property
     def scheduler(self) -> Scheduler:
@@ -128,25 +127,37 @@ class ModelRuntime:
                 self._offloads.shutdown(wait=True)
                 self._scheduler.pool.clear()
 
+    def prepare(self, recipe: LatentRecipe) -> None:
+        """Compute what a latent method needs once, on a thread that ends with it, as `Scheduler` explains.
+
+        Raises:
+            UnsupportedModelError: The method needs a head that this model does not have.
+        """
+        latent_step = self.latent_step
+        if not latent_step.is_prepared(recipe):
+            with ThreadPoolExecutor(1) as once:
+                once.submit(latent_step.prepare, recipe).result()
+
     def _start(self) -> Scheduler:
         settings = self._settings
-        # torch.compile cannot look into packed weights; it lays them out itself
-        self._loaded = loaded = self._source.load(self.tokenizer, pack=not settings.capture_steps)
-        self._latent_step = LatentStep(loaded.vocabulary, _ridge_file(loaded))
-        pool = KvPool(loaded.shapes, self._pool_positions(loaded), self._offload)
-        verify_exactness(loaded, pool)
-        runner = Runner(loaded, pool, batch_invariant=settings.batch_invariant, captured=self._captured(loaded, pool))
         return Scheduler(
-            runner,
-            pool,
-            self._latent_step,
-            vocab_limit=loaded.vocabulary.size,
-            token_text=lambda token: str(loaded.tokenizer.decode([token])),
+            # the tokenizer is fetched here: the lock held now is not the model thread's
+            partial(self._load, self.tokenizer),
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             prefill_budget=PREFILL_BUDGET,
             batch_invariant=settings.batch_invariant,
         )
+
+    def _load(self, tokenizer: PreTrainedTokenizerBase) -> Machinery:
+        # torch.compile cannot look into packed weights; it lays them out itself
+        loaded = self._source.load(tokenizer, pack=not self._settings.capture_steps)
+        latent_step = LatentStep(loaded.vocabulary, _ridge_file(loaded))
+        pool = KvPool(loaded.shapes, self._pool_positions(loaded), self._offload)
+        verify_exactness(loaded, pool)
+        captured = self._captured(loaded, pool)
+        runner = Runner(loaded, pool, batch_invariant=self._settings.batch_invariant, captured=captured)
+        return Machinery(loaded, pool, runner, latent_step)
 
     def _captured(self, loaded: LoadedModel, pool: KvPool) -> CapturedStep | None:
         single = len({shape.device for shape in loaded.shapes} | {loaded.device}) == 1

@@ -50,7 +50,7 @@ class RequestBuilder:
         runtime = self._runtime
         latent: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_LATENT}
         recipe = runtime.latent_step.recipe(steps, **latent)
-        runtime.latent_step.prepare(recipe)
+        runtime.prepare(recipe)
         if steps > DEGENERATE_STEPS:
             warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
         plan = self._plan(prompt, context)

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from avp_agents.context import LatentRecipe
 from avp_agents.engine.admission import AdmissionQueue
 from avp_agents.engine.kv_pool import KvPool
 from avp_agents.engine.latent_step import LatentStep
+from avp_agents.engine.loading import LoadedModel
 from avp_agents.engine.placement import place
 from avp_agents.engine.runner import INVARIANT_CHUNK, PieceOutput, Runner
 from avp_agents.engine.sampling import Sampled, sample
@@ -57,36 +59,44 @@ class EngineStats:
     steps: int
 
 
+@dataclass(frozen=True)
+class Machinery:
+    """A loaded model with everything that runs it."""
+
+    loaded: LoadedModel
+    pool: KvPool
+    runner: Runner
+    latent_step: LatentStep
+
+    def token_text(self, token: int) -> str:
+        """A token's text, for log-probabilities."""
+        return str(self.loaded.tokenizer.decode([token]))
+
+
 class Scheduler:
     """Owns the model's thread.
 
     Args:
-        runner: Runs batches.
-        pool: KV memory.
-        latent_step: f(h).
-        vocab_limit: Ids from here on are padding.
-        token_text: A token's text, for log-probabilities.
+        load: Loads the model; runs on the model's thread. torch keeps a pool of worker threads for every thread that
+            computes, and slows all of them down where they are more than the cores: nobody else should compute.
         max_batch: Most sequences that run at once.
         max_queue: Most that wait.
         prefill_budget: Most prompt positions per round, so that long prompts do not stall decoding.
         batch_invariant: See `Runner`.
+
+    Raises:
+        AvpError: Whatever `load` raises.
     """
 
     def __init__(
         self,
-        runner: Runner,
-        pool: KvPool,
-        latent_step: LatentStep,
+        load: Callable[[], Machinery],
         *,
-        vocab_limit: int,
-        token_text: Callable[[int], str],
         max_batch: int,
         max_queue: int,
         prefill_budget: int,
         batch_invariant: bool,
     ) -> None:
-        self._runner, self.pool, self._latent_step = runner, pool, latent_step
-        self._vocab_limit, self._token_text = vocab_limit, token_text
         self._max_batch, self._prefill_budget = max_batch, prefill_budget
         self._batch_invariant = batch_invariant
         self._queue = AdmissionQueue(max_queue)
@@ -95,8 +105,11 @@ class Scheduler:
         self._closing = False
         self._steps = 0
         self._process = os.getpid()
-        self._thread = threading.Thread(target=self._run, name="avp-scheduler", daemon=True)
+        ready: Future[Machinery] = Future()
+        self._thread = threading.Thread(target=self._live, args=(load, ready), name="avp-scheduler", daemon=True)
         self._thread.start()
+        self.machinery = ready.result()
+        self.pool = self.machinery.pool
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; its events reach ``sequence.request.deliver``.
@@ -141,6 +154,19 @@ class Scheduler:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _live(self, load: Callable[[], Machinery], ready: Future[Machinery]) -> None:
+        """The thread's life: load, then run rounds until closed."""
+        try:
+            machinery = load()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        self._runner, self._latent_step = machinery.runner, machinery.latent_step
+        self.pool = machinery.pool
+        self._vocab_limit, self._token_text = machinery.loaded.vocabulary.size, machinery.token_text
+        ready.set_result(machinery)
+        self._run()
 
     def _run(self) -> None:
         with torch.inference_mode():

@@ -75,8 +75,8 @@ class EngineBench:
             "prefill": self.prefill,
             "thinkers": self.thinkers,
             "fork": self.fork,
-            "batch-invariant": self.invariance,
             "pipeline": self.pipeline,
+            "batch-invariant": self.invariance,
         }
 
     def run(self) -> list[Figure]:

@@ -78,11 +78,11 @@ def test_64_threads_half_of_which_give_up(engine: LatentEngine, alone: list[tupl
     def ask(caller: int) -> tuple[int, ...] | None:
         together.wait()
         if caller % 2:
-            stream: Any = engine.stream(PROMPTS[caller], max_tokens=LONG, min_tokens=LONG, timeout=60)
+            stream: Any = engine.stream(PROMPTS[caller], max_tokens=LONG, min_tokens=LONG, timeout=30)
             next(stream)
             stream.close()
             return None
-        return engine.generate(PROMPTS[caller], max_tokens=TOKENS, timeout=60).token_ids
+        return engine.generate(PROMPTS[caller], max_tokens=TOKENS, timeout=30).token_ids
 
     with ThreadPoolExecutor(CALLERS) as pool:
         answers = list(pool.map(ask, range(CALLERS)))
@@ -170,7 +170,7 @@ def test_a_sampled_answer_depends_on_its_seed_only(engine: LatentEngine) -> None
     options = {"temperature": 1.0, "max_tokens": TOKENS}
 
     def ask(seed: int) -> tuple[int, ...]:
-        return engine.generate(PROMPTS[0], seed=seed, timeout=60, **options).token_ids
+        return engine.generate(PROMPTS[0], seed=seed, timeout=30, **options).token_ids
 
     separately = [ask(seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -235,7 +235,7 @@ def test_requests_wait_for_memory(
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(
-            pool.map(lambda prompt: engine.generate(prompt, max_tokens=TOKENS, timeout=60).token_ids, PROMPTS[:8])
+            pool.map(lambda prompt: engine.generate(prompt, max_tokens=TOKENS, timeout=30).token_ids, PROMPTS[:8])
         )
 
     assert answers == alone[:8]
@@ -365,7 +365,7 @@ def test_one_context_is_used_by_many_at_once(engine: LatentEngine, tiny_referenc
     questions = PROMPTS[1:17]
 
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda q: engine.generate(q, context=context, max_tokens=6, timeout=60), questions))
+        answers = list(pool.map(lambda q: engine.generate(q, context=context, max_tokens=6, timeout=30), questions))
 
     for answer in answers:
         assert answer.token_ids == reference.generate(before_answer(answer), 6).token_ids
