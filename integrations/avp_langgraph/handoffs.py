@@ -245,5 +245,5 @@ class _Known:
         if holder is None or length == len(holder.lineage):
             return holder
         held = Context(holder.fingerprint, holder.dtype, holder.lineage[:length])
-        held.attach(handle=handle, scope=self._scope.minted)
+        held.attach(handle=handle)
         return held
