@@ -64,10 +64,6 @@ class TokenSegment:
 
     token_ids: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if self.token_ids and not (min(self.token_ids) >= 0 and max(self.token_ids) < 2**31):
-            raise ConfigurationError("Token ids lie between 0 and 2**31 - 1.")
-
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -78,7 +74,10 @@ class TokenSegment:
 
     def recipe_bytes(self) -> bytes:
         """What identifies this segment within its lineage."""
-        return b"tokens" + np.asarray(self.token_ids, dtype="<i4").tobytes()
+        try:
+            return b"tokens" + np.asarray(self.token_ids, dtype="<i4").tobytes()
+        except OverflowError as error:
+            raise ConfigurationError("Token ids lie between 0 and 2**31 - 1.") from error
 
 
 @dataclass(frozen=True, eq=False)
