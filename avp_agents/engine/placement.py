@@ -85,10 +85,12 @@ def _own_view(base: Context | None, pool: KvPool) -> tuple[PooledKv | None, int]
     """A KV-cache of the base's own positions, from its own run or a descendant's."""
     if base is None:
         return None, 0
+    # the last token of an answer has keys and values only where a descendant fed it, so nobody takes them
+    own = len(base) if isinstance(base.lineage[-1], LatentSegment) else len(base) - 1
     for view in pool.views():
         context = view.context()
         if context is not None and view.length >= len(base) - 1 and context.extends(base):
-            matched = min(view.length, len(base), shared_positions(context.lineage, base.lineage))
+            matched = min(view.length, own, shared_positions(context.lineage, base.lineage))
             if matched >= len(base) - 1:
                 return view, matched
     return None, 0
