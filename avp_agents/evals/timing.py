@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -29,13 +30,21 @@ def medians(variants: Mapping[str, Variant], repeats: int) -> dict[str, float]:
 
 
 def read_bandwidth(device: torch.device, *, gigabytes: float = 0.5, repeats: int = 5) -> float:
-    """Bytes per second that `device` reads from its memory, measured by summing a tensor."""
-    tensor = torch.ones(int(gigabytes * 2**30) // 4, dtype=torch.float32, device=device)
+    """Bytes per second that `device` reads from its memory, measured by summing a tensor.
 
-    def read() -> None:
-        tensor.sum().item()
+    On a thread that ends with it: its worker threads would slow the engine's down.
+    """
 
-    return tensor.numel() * 4 / medians({"read": read}, repeats)["read"]
+    def measure() -> float:
+        tensor = torch.ones(int(gigabytes * 2**30) // 4, dtype=torch.float32, device=device)
+
+        def read() -> None:
+            tensor.sum().item()
+
+        return tensor.numel() * 4 / medians({"read": read}, repeats)["read"]
+
+    with ThreadPoolExecutor(1) as once:
+        return once.submit(measure).result()
 
 
 def _seconds(variant: Variant) -> float:
