@@ -180,15 +180,46 @@ def attend(
     if avp_layout.padded is not None:
         out = _attend_padded(queries, keys, values, avp_layout.padded, scale, sliding_window, softcap)
         return out[None], None
-    heads, total = queries.shape[:2]
-    parts: list[torch.Tensor] = []
-    for row in avp_layout.rows:
-        row_query = queries[:, row.first : row.first + row.count]
-        parts.append(_attend_row(row_query, keys, values, row, avp_layout, scale, sliding_window, softcap))
-    padding = total - sum(row.count for row in avp_layout.rows)
+    if all(row.count == 1 for row in avp_layout.rows):
+        parts = _attend_steps(queries, key, value, avp_layout, scale, sliding_window, softcap)
+    else:
+        parts = [
+            _attend_row(queries, keys, values, row, avp_layout, scale, sliding_window, softcap)
+            for row in avp_layout.rows
+        ]
+    padding = queries.shape[1] - sum(row.count for row in avp_layout.rows)
     if padding:
-        parts.append(values.new_zeros(padding, heads, values.shape[-1]))
+        parts.append(values.new_zeros(padding, queries.shape[0], values.shape[-1]))
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _attend_steps(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> list[torch.Tensor]:
+    """Rows of one new position each: ``[heads, T, dim]`` to ``[1, heads, value_dim]`` per row.
+
+    The same as `_attend_row` with as few small operations per row as possible, since they are what a step of a small
+    model consists of.
+    """
+    heads, total, dim = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = queries.transpose(0, 1).reshape(total, kv_heads, heads // kv_heads, dim)
+    parts: list[torch.Tensor] = []
+    for row in layout.rows:
+        seen = row.length if window is None else min(row.length, window)
+        first = row.base + row.length - seen
+        query = grouped[row.first : row.first + 1]
+        if layout.realign:
+            query = query.clone(memory_format=torch.contiguous_format)
+        out = _scores(query, keys.narrow(2, first, seen), values.narrow(2, first, seen), None, scale, softcap)
+        parts.append(out.reshape(1, heads, -1))
+    return parts
 
 
 def _attend_row(
@@ -201,23 +232,20 @@ def _attend_row(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """One row: ``[heads, count, dim]`` to ``[count, heads, value_dim]``.
+    """One row: ``[heads, T, dim]`` to ``[count, heads, value_dim]``.
 
     The query heads that share a key head are stacked as its queries, so that keys are neither repeated nor copied.
     """
-    heads, count, dim = query.shape
+    heads, _, dim = query.shape
     kv_heads = keys.shape[0]
     groups = heads // kv_heads
-    first = row.base
-    if count == 1 and window is not None:
-        first += max(0, row.length - window)
-    span = slice(first, row.base + row.length)
-    mask = layout.mask(row, window, groups, query) if count > 1 else None
-    stacked = query.reshape(kv_heads, groups * count, dim)
+    span = slice(row.base, row.base + row.length)
+    stacked = query[:, row.first : row.first + row.count].reshape(kv_heads, groups * row.count, dim)
     if layout.realign:
         stacked = stacked.clone(memory_format=torch.contiguous_format)
+    mask = layout.mask(row, window, groups, query)
     out = _scores(stacked, keys[:, span], values[:, span], mask, scale, softcap)
-    return out.reshape(heads, count, -1).transpose(0, 1)
+    return out.reshape(heads, row.count, -1).transpose(0, 1)
 
 
 def _attend_padded(
