@@ -12,8 +12,6 @@ pieces make the model code compute it exactly:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -24,72 +22,10 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from avp_agents.engine.kv_pool import KvPool
+from avp_agents.engine.layout import Layout, PaddedRows, Row
 from avp_agents.errors import UnsupportedModelError
 
 IMPLEMENTATION = "avp"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence's share of a forward pass.
-
-    Attributes:
-        first: Index of its first new position among the T.
-        count: New positions.
-        base: Where its keys and values begin in the pool.
-        length: Positions of the sequence after this pass.
-    """
-
-    first: int
-    count: int
-    base: int
-    length: int
-
-
-@dataclass(frozen=True)
-class PaddedRows:
-    """Single-position rows as tensors of fixed shapes, for a captured step.
-
-    Attributes:
-        where: ``[rows, span]`` int64, pool positions of each row's keys, padded with any valid position.
-        lengths: ``[rows]`` int64, how many of them are real.
-    """
-
-    where: torch.Tensor
-    lengths: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the T positions of one forward pass belong.
-
-    Attributes:
-        slots: ``[T]`` int64, the pool position each new key and value is written to.
-        rows: The rows, in order; positions beyond the last row are padding whose output is zero.
-        padded: Set for a captured step; then `rows` is not looked at.
-        realign: Compute every row on a copy of its queries, so that its place in the batch cannot change how they are
-            aligned in memory, and with that the last bits.
-    """
-
-    slots: torch.Tensor
-    rows: Sequence[Row] = ()
-    padded: PaddedRows | None = None
-    realign: bool = False
-    _masks: dict[tuple[int, int | None, int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
-
-    def mask(self, row: Row, window: int | None, groups: int, like: torch.Tensor) -> torch.Tensor:
-        """Additive mask ``[groups * count, length]`` of a row with several new positions; the same in all layers."""
-        key = (row.first, window, groups, like.dtype)
-        if key not in self._masks:
-            query = torch.arange(row.length - row.count, row.length, device=like.device)[:, None]
-            position = torch.arange(row.length, device=like.device)[None]
-            hidden = position > query
-            if window is not None:
-                hidden |= position <= query - window
-            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            mask.masked_fill_(hidden, torch.finfo(like.dtype).min)
-            self._masks[key] = mask.repeat(groups, 1)
-        return self._masks[key]
 
 
 class PooledLayer(CacheLayerMixin):
@@ -180,7 +116,7 @@ def attend(
     if avp_layout.padded is not None:
         out = _attend_padded(queries, keys, values, avp_layout.padded, scale, sliding_window, softcap)
         return out[None], None
-    if all(row.count == 1 for row in avp_layout.rows):
+    if avp_layout.steps:
         parts = _attend_steps(queries, key, value, avp_layout, scale, sliding_window, softcap)
     else:
         parts = [
@@ -202,23 +138,20 @@ def _attend_steps(
     window: int | None,
     softcap: float | None,
 ) -> list[torch.Tensor]:
-    """Rows of one new position each: ``[heads, T, dim]`` to ``[1, heads, value_dim]`` per row.
+    """Rows of one new position each: ``[heads, T, dim]`` to parts ``[rows, heads, value_dim]``.
 
-    The same as `_attend_row` with as few small operations per row as possible, since they are what a step of a small
-    model consists of.
+    As few small operations as possible, since they are what a step of a small model consists of.
     """
     heads, total, dim = queries.shape
     kv_heads = keys.shape[1]
     grouped = queries.transpose(0, 1).reshape(total, kv_heads, heads // kv_heads, dim)
     parts: list[torch.Tensor] = []
-    for row in layout.rows:
-        seen = row.length if window is None else min(row.length, window)
-        first = row.base + row.length - seen
-        query = grouped[row.first : row.first + 1]
+    for rows in layout.spaced(window, keys):
+        query = grouped[rows.first : rows.first + rows.count]
         if layout.realign:
             query = query.clone(memory_format=torch.contiguous_format)
-        out = _scores(query, keys.narrow(2, first, seen), values.narrow(2, first, seen), None, scale, softcap)
-        parts.append(out.reshape(1, heads, -1))
+        out = _scores(query, rows.view(keys), rows.view(values), rows.mask, scale, softcap)
+        parts.append(out.reshape(rows.count, heads, -1))
     return parts
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from avp_agents.engine.attention import Layout, PaddedRows, PoolCache
+from avp_agents.engine.attention import PoolCache
 from avp_agents.engine.kv_pool import KvPool
+from avp_agents.engine.layout import Layout, PaddedRows
 from avp_agents.engine.loading import Forward, LoadedModel
 
 if TYPE_CHECKING:
@@ -91,11 +92,13 @@ class CapturedStep:
         scratch = self._pool.scratch
         bases = torch.tensor([p.base for p in pieces] + [scratch] * padding)
         starts = torch.tensor([p.start for p in pieces] + [0] * padding)
-        where = bases[:, None] + torch.arange(span)[None]
+        offsets = torch.arange(span)[None]
+        # what is hidden must be finite all the same: a masked NaN is still a NaN
+        where = bases[:, None] + torch.where(offsets <= starts[:, None], offsets, 0)
         buffers.embeddings[: len(pieces)].copy_(embeddings)
         buffers.positions.copy_(starts)
         buffers.slots.copy_(bases + starts)
-        buffers.where.copy_(where.clamp_max_(scratch))
+        buffers.where.copy_(where)
         buffers.lengths.copy_(starts + 1)
 
 

@@ -200,6 +200,7 @@ class KvPool:
         with self.lock:
             region.writer = False
             if context is None:
+                self._wipe(region)
                 self._shrink_to_views(region)
                 return None
             view = PooledKv(self, region, region.written, context)
@@ -307,6 +308,12 @@ class KvPool:
             region = self._dropped.popleft()
             if region in self._regions and not region.writer:
                 self._shrink_to_views(region)
+
+    def _wipe(self, region: Region) -> None:
+        """Zero what no context shows: a failed sequence may leave NaN, which spoils sums even where it is masked."""
+        kept = max((view.length for view in region.views), default=0)
+        for buffer in (*self.keys, *self.values):
+            buffer[:, region.start + kept : region.start + region.written] = 0
 
     def _shrink_to_views(self, region: Region) -> None:
         longest = max((view.length for view in region.views), default=0)

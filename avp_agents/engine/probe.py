@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from avp_agents.engine.attention import IMPLEMENTATION, Layout, PoolCache, Row
+from avp_agents.engine.attention import IMPLEMENTATION, PoolCache
 from avp_agents.engine.kv_pool import KvPool
+from avp_agents.engine.layout import Layout, Row
 from avp_agents.engine.loading import Forward, LoadedModel, decoder_of, last_hidden
 from avp_agents.errors import UnsupportedModelError
 

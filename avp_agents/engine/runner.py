@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from avp_agents.engine.attention import Layout, PoolCache, Row
+from avp_agents.engine.attention import PoolCache
 from avp_agents.engine.captured_step import CapturedStep
 from avp_agents.engine.kv_pool import KvPool
+from avp_agents.engine.layout import Layout, Row
 from avp_agents.engine.loading import Forward, LoadedModel
 
 INVARIANT_ROWS = 8
@@ -82,7 +83,8 @@ class Runner:
             singles = [i for i, piece in enumerate(pieces) if piece.count == 1]
             longer = [i for i, piece in enumerate(pieces) if piece.count > 1]
             return self._run_groups(pieces, [g for g in (singles, longer) if g])
-        return self._run_together(pieces)
+        # in the order of their places in the pool, rows that are equally spaced there are read as one
+        return self._run_groups(pieces, [sorted(range(len(pieces)), key=lambda i: pieces[i].base)])
 
     def _run_invariant(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
         singles = [i for i, piece in enumerate(pieces) if piece.count == 1]
