@@ -30,6 +30,9 @@ def bench_engine(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
+    capture_steps: Annotated[
+        bool | None, typer.Option(help="Captured steps (CUDA graphs; torch.compile on a CPU). Default: the engine's.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each comparison.")] = 5,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per decode measurement.")] = 32,
     group: Annotated[str | None, typer.Option(help="Only this comparison, e.g. steps, decode, pipeline.")] = None,
@@ -44,7 +47,7 @@ def bench_engine(
             from avp_agents.evals.engine_bench import machine
 
             status.update("Loading the model")
-            measured = _open(open_engines, model, random_weights, dtype, device)
+            measured = _open(open_engines, model, random_weights, dtype, device, capture_steps)
             measured.repeats, measured.tokens, measured.report = repeats, tokens, status.update
             figures = _measure(measured, group)
             where = machine(measured.engine)
@@ -78,7 +81,12 @@ def bench_latent_k(
 
 
 def _open(
-    engines: ExitStack, model: str | None, random_weights: str | None, dtype: str, device: str | None
+    engines: ExitStack,
+    model: str | None,
+    random_weights: str | None,
+    dtype: str,
+    device: str | None,
+    capture_steps: bool | None,
 ) -> EngineBench:
     from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.engine.loading import DTYPES
@@ -90,13 +98,12 @@ def _open(
     if dtype not in DTYPES:
         raise ConfigurationError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if random_weights is not None:
-        return EngineBench(engines.enter_context(random_engine(random_weights, DTYPES[dtype], device)), None, None)
+        engine = random_engine(random_weights, DTYPES[dtype], device, capture_steps)
+        return EngineBench(engines.enter_context(engine), None, None)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     engine, invariant = (
-        engines.enter_context(
-            LatentEngine.from_pretrained(model, store=MemoryStore(), batch_invariant=invariant, **options)
-        )
-        for invariant in (False, True)
+        engines.enter_context(LatentEngine.from_pretrained(model, store=MemoryStore(), **chosen, **options))
+        for chosen in ({"capture_steps": capture_steps}, {"batch_invariant": True})
     )
     peer = engines.enter_context(TransformersPeer(engine.model_path, DTYPES[dtype], engine.device))
     return EngineBench(engine, invariant, peer)

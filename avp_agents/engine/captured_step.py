@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch._inductor import config as inductor
 
 from avp_agents.engine.attention import PoolCache
 from avp_agents.engine.kv_pool import KvPool
@@ -123,11 +124,16 @@ class _GraphStep:
 
 
 class _CompiledStep:
-    """The same step through `torch.compile`, shapes fixed."""
+    """The same step through `torch.compile`, shapes fixed.
+
+    Freezing lets the compiler lay the weights out for the CPU's matrix kernels; each bucket keeps its own copy of them.
+    """
 
     def __init__(self, run, buffers: _Buffers) -> None:
         self.buffers = buffers
         self._run = torch.compile(run, dynamic=False)
+        with inductor.patch(freezing=True):
+            self()
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
         b = self.buffers

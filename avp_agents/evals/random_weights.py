@@ -11,13 +11,14 @@ from avp_agents.models import resolve_model
 from avp_agents.store import MemoryStore
 
 
-def random_engine(config_name: str, dtype: torch.dtype, device: str | None) -> LatentEngine:
+def random_engine(config_name: str, dtype: torch.dtype, device: str | None, capture_steps: bool | None) -> LatentEngine:
     """Build a model from its configuration alone, directly on its device.
 
     Args:
         config_name: Folder, ``config.json`` or hub name of a configuration.
         dtype: Of the weights.
         device: By default an accelerator if there is one.
+        capture_steps: As `LatentEngine.from_pretrained` has it.
 
     Raises:
         ModelNotFoundError: There is no such configuration.
@@ -32,4 +33,4 @@ def random_engine(config_name: str, dtype: torch.dtype, device: str | None) -> L
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     # the text does not matter here, only that ids exist: the default model's tokenizer has a chat template
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(None))
-    return LatentEngine.from_model(model, tokenizer, store=MemoryStore())
+    return LatentEngine.from_model(model, tokenizer, store=MemoryStore(), capture_steps=capture_steps)

@@ -29,7 +29,7 @@ def shape(tmp_path: Path) -> str:
 
 def test_a_shape_without_weights_can_be_timed(shape: str) -> None:
     """Steps, batches, prefill and thinkers come out as positive figures, JSON-able, in their units."""
-    with random_engine(shape, torch.float32, "cpu") as engine:
+    with random_engine(shape, torch.float32, "cpu", None) as engine:
         bench = EngineBench(engine, None, None, repeats=1, tokens=4)
         figures = [*bench.steps(), *bench.decode(), *bench.prefill(), *bench.thinkers(), *bench.fork()]
         where = machine(engine)
@@ -44,7 +44,7 @@ def test_a_shape_without_weights_can_be_timed(shape: str) -> None:
 def test_an_unknown_shape_is_named(tmp_path: Path) -> None:
     """A configuration that does not exist is a clear error."""
     with pytest.raises(ModelNotFoundError, match="nowhere"):
-        random_engine(str(tmp_path / "nowhere"), torch.float32, "cpu")
+        random_engine(str(tmp_path / "nowhere"), torch.float32, "cpu", None)
 
 
 def test_medians_interleave_and_leave_the_warm_up_out() -> None:
