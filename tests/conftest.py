@@ -12,6 +12,9 @@ from platformdirs import user_cache_path
 from avp_agents.models import default_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # worker processes share the cores; two that compute with all of them slow each other down many times over
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["LANGSMITH_TRACING"] = "false"
