@@ -7,6 +7,7 @@ cache of that lineage: it may be on the device, on the host, on disk or gone, an
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from avp_agents.usage import Handoff, Usage
 
 LatentMethod = Literal["soft", "ridge", "rescale"]
+"""How an engine makes latent steps."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class LatentRecipe:
     """How a run of latent steps was made; part of a context's identity.
 
     Attributes:
-        method: The step function f(h): ``"soft"`` (expected input embedding), ``"ridge"`` or ``"rescale"``.
+        method: The step function f(h): ``"soft"`` (expected input embedding), ``"ridge"`` or ``"rescale"``; or
+            ``"projection"``: no steps of this model, but another one's thought (`avp_agents.projection`).
         k: Number of most likely tokens in the soft embedding; None is the whole vocabulary. Only for ``"soft"``.
         temperature: Softmax temperature of the soft embedding.
         renormalise: Whether the result is rescaled to the mean norm of the input embeddings.
@@ -39,7 +42,7 @@ class LatentRecipe:
         stop_entropy: Stop when the entropy (nats) of the next-token distribution falls below this.
     """
 
-    method: LatentMethod
+    method: LatentMethod | Literal["projection"]
     k: int | None
     temperature: float
     renormalise: bool
@@ -87,10 +90,13 @@ class LatentSegment:
     Attributes:
         embeddings: ``[steps, hidden]``, in the model's dtype, on the CPU.
         recipe: How they were made.
+        origin: Which lineage they were made behind, where that is not the one that stands before them: they were
+            joined to it from another context. A recipe id of that context; None where they were made in place.
     """
 
     embeddings: torch.Tensor
     recipe: LatentRecipe
+    origin: str | None = None
 
     def __len__(self) -> int:
         return int(self.embeddings.shape[0])
@@ -105,10 +111,70 @@ class LatentSegment:
 
         Values differ in their last bits with the company they were computed in; the recipe does not.
         """
-        return b"latent" + len(self).to_bytes(4, "little") + self.recipe.canonical()
+        made = b"latent" + len(self).to_bytes(4, "little") + self.recipe.canonical()
+        return made if self.origin is None else made + b"|from " + self.origin.encode()
 
 
-Segment = TokenSegment | LatentSegment
+@dataclass(frozen=True, eq=False)
+class SplicedSegment:
+    """Positions that were computed without seeing all of what stands before them, and then moved behind it.
+
+    They were computed behind the first `prefix` positions of their lineage alone; then their keys were rotated to the
+    positions that they have now. Whatever follows sees them and everything else. So a spliced context has other
+    keys and values, and another recipe, than one with the same positions in one piece.
+
+    Attributes:
+        segments: The positions, in order. They may hold splices of their own.
+        prefix: Leading positions of the lineage (as it was for them) that they saw.
+    """
+
+    segments: tuple[Segment, ...]
+    prefix: int
+
+    def __len__(self) -> int:
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.nbytes for segment in self.segments)
+
+    def recipe_bytes(self) -> bytes:
+        """What identifies this segment within its lineage."""
+        recipes = [segment.recipe_bytes() for segment in self.segments]
+        parts = b"".join(len(recipe).to_bytes(4, "little") + recipe for recipe in recipes)
+        return b"spliced" + self.prefix.to_bytes(4, "little") + parts
+
+
+Segment = TokenSegment | LatentSegment | SplicedSegment
+
+
+def leaves(lineage: Iterable[Segment]) -> Iterator[TokenSegment | LatentSegment]:
+    """The segments of a lineage in order, those within splices included."""
+    for segment in lineage:
+        if isinstance(segment, SplicedSegment):
+            yield from leaves(segment.segments)
+        else:
+            yield segment
+
+
+def prefix_of(lineage: Iterable[Segment], positions: int) -> tuple[Segment, ...]:
+    """The first `positions` positions of a lineage.
+
+    Raises:
+        ConfigurationError: The cut would fall inside a run of latent steps, or inside a splice.
+    """
+    kept: list[Segment] = []
+    for segment in lineage:
+        if positions <= 0:
+            break
+        if len(segment) > positions:
+            if not isinstance(segment, TokenSegment):
+                raise ConfigurationError("A lineage cannot be cut inside a run of latent steps, or inside a splice.")
+            segment = TokenSegment(segment.token_ids[:positions])
+        kept.append(segment)
+        positions -= len(segment)
+    return tuple(kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +270,7 @@ class Context:
     @property
     def latent_steps(self) -> int:
         """Latent positions in the whole lineage."""
-        return sum(len(s) for s in self.lineage if isinstance(s, LatentSegment))
+        return sum(len(s) for s in leaves(self.lineage) if isinstance(s, LatentSegment))
 
     @property
     def is_text(self) -> bool:
@@ -213,7 +279,7 @@ class Context:
 
     def token_ids(self) -> tuple[int, ...]:
         """All token ids in order, latent positions left out."""
-        return tuple(t for s in self.lineage if isinstance(s, TokenSegment) for t in s.token_ids)
+        return tuple(t for s in leaves(self.lineage) if isinstance(s, TokenSegment) for t in s.token_ids)
 
     def extends(self, other: Context) -> bool:
         """Whether `other`'s lineage is a prefix of this one's (same recipe)."""
@@ -243,19 +309,9 @@ class Context:
         """The context of the first `positions` positions, to fork or roll back; a token segment may be cut.
 
         Raises:
-            ConfigurationError: The cut would fall inside a run of latent steps.
+            ConfigurationError: The cut would fall inside a run of latent steps, or inside a splice.
         """
-        kept: list[Segment] = []
-        for segment in self.lineage:
-            if positions <= 0:
-                break
-            if len(segment) > positions:
-                if isinstance(segment, LatentSegment):
-                    raise ConfigurationError("A lineage cannot be cut inside a run of latent steps.")
-                segment = TokenSegment(segment.token_ids[:positions])
-            kept.append(segment)
-            positions -= len(segment)
-        return Context(self.fingerprint, self.dtype, tuple(kept))
+        return Context(self.fingerprint, self.dtype, prefix_of(self.lineage, positions))
 
     def attach(
         self,

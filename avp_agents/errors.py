@@ -2,6 +2,7 @@
 
 AvpError
 ├── ConfigurationError        an option is unknown, out of range, or contradicts another
+│   └── GrammarError              a grammar or JSON schema is malformed, or cannot be enforced
 ├── PromptError               a prompt cannot be rendered (no template, media content, unknown role)
 ├── ContextWindowError        prompt, context and requested positions exceed the model's window
 ├── ModelError
@@ -15,6 +16,17 @@ AvpError
 │   ├── RequestTimeoutError       a request ran out of its time
 │   ├── RequestCancelledError     a request was cancelled by its caller
 │   └── NumericalError            NaN or Inf came out of the model
+├── ProtocolError
+│   ├── FrameError                bytes are not a frame: torn, surplus, contradictory, or of an unknown version
+│   │   ├── FrameLimitError           a frame is larger than the receiver's limits
+│   │   └── FrameIntegrityError       a frame's bytes do not match their MAC or checksum
+│   ├── ForeignMessageError       a message of the reference SDK is malformed, or one side cannot represent it exactly
+│   ├── HandshakeError            a hello is not well formed, or two sides have no handoff mode in common
+│   ├── SessionError              a session is unknown, expired or another tenant's
+│   └── ProjectionError           what one model expressed for another cannot be read, or not be made
+├── TransportError            a server cannot be reached, or what came over the network makes no sense
+│   ├── AuthenticationError       no token, or one that the server does not know
+│   └── LimitExceededError        a request is larger, or comes faster, than the server allows
 └── StoreError
     ├── NotStoredError            the context was never put into a store
     ├── InvalidHandleError        a handle is not well formed, or belongs to another scope
@@ -31,6 +43,10 @@ class AvpError(Exception):
 
 class ConfigurationError(AvpError, ValueError):
     """An option is unknown, out of range, or contradicts another one."""
+
+
+class GrammarError(ConfigurationError):
+    """A grammar or JSON schema is malformed, or asks for more than constrained decoding can enforce."""
 
 
 class PromptError(AvpError, ValueError):
@@ -97,6 +113,50 @@ class RequestCancelledError(EngineError):
 
 class NumericalError(EngineError, ArithmeticError):
     """NaN or Inf came out of the model."""
+
+
+class ProtocolError(AvpError):
+    """Two engines could not hand a context over."""
+
+
+class FrameError(ProtocolError, ValueError):
+    """Bytes are not a frame: torn, with bytes left over, contradictory, or of an unknown version or kind."""
+
+
+class FrameLimitError(FrameError):
+    """A frame is larger than the receiver's limits allow."""
+
+
+class FrameIntegrityError(FrameError):
+    """A frame's bytes do not match their MAC or checksum: another key, another sender, or damage on the way."""
+
+
+class ForeignMessageError(ProtocolError, ValueError):
+    """A message of the reference SDK is malformed, or one of the two sides cannot represent it exactly."""
+
+
+class HandshakeError(ProtocolError, ValueError):
+    """A hello is not well formed, or the two sides have no handoff mode in common."""
+
+
+class SessionError(ProtocolError, LookupError):
+    """The session is unknown, has expired, or belongs to another tenant."""
+
+
+class ProjectionError(ProtocolError, ValueError):
+    """What one model expressed for another cannot be read, or the context has nothing to express."""
+
+
+class TransportError(AvpError):
+    """A server cannot be reached, or what came over the network makes no sense."""
+
+
+class AuthenticationError(TransportError):
+    """There is no token, or it is one that the server does not know; or the request comes from another site."""
+
+
+class LimitExceededError(TransportError):
+    """A request is larger, or comes faster, than the server allows."""
 
 
 class StoreError(AvpError):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from avp_agents.errors import InvalidHandleError
 
-_HANDLE_ID = re.compile(r"avp:1:[0-9a-f]{32}")
+HANDLE_ID = re.compile(r"avp:1:[0-9a-f]{32}")
+"""The form of a handle's id."""
+
 _HANDLE_VERSION = 1
 
 
@@ -24,6 +26,7 @@ class ContextHandleState(TypedDict):
     bytes: int
     text: str
     created: str
+    source: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ContextHandle:
         agent: Who produced it (a node's name, a role), for people.
         text: One short line for people; never rendered to a model that resolves the handle.
         created: ISO 8601 time in UTC.
+        source: An integration's note on how it could make a lost context again; most handles have none.
     """
 
     id: str
@@ -47,19 +51,23 @@ class ContextHandle:
     agent: str = ""
     text: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    source: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.id, str) or not _HANDLE_ID.fullmatch(self.id):
+        if not isinstance(self.id, str) or not HANDLE_ID.fullmatch(self.id):
             raise InvalidHandleError(
                 f"Not a context handle id: {str(self.id)[:60]!r} (expected 'avp:1:' + 32 hex digits)."
             )
 
     def to_state(self) -> ContextHandleState:
         """The handle as JSON data, texts cut so that it stays under 300 bytes."""
-        return {
+        state: ContextHandleState = {
             "v": _HANDLE_VERSION, "id": self.id, "agent": _cut(self.agent, 32), "model": self.model,
             "tokens": self.tokens, "bytes": self.bytes, "text": _cut(self.text, 80), "created": self.created,
         }  # fmt: skip
+        if self.source:
+            state["source"] = _cut(self.source, 40)
+        return state
 
     @classmethod
     def from_state(cls, state: ContextHandle | ContextHandleState | dict[str, Any] | str) -> ContextHandle:
@@ -79,16 +87,16 @@ class ContextHandle:
                 f"Handle version {state.get('v')!r} is unknown; this release reads {_HANDLE_VERSION}."
             )
         given: dict[str, Any] = {"id": state.get("id", "")}
-        given |= {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created")}
+        given |= {name: str(state.get(name, "")) for name in ("model", "agent", "text", "created", "source")}
         try:
             given |= {name: int(state.get(name, 0)) for name in ("tokens", "bytes")}
         except (TypeError, ValueError, OverflowError) as error:
             raise InvalidHandleError("A handle's 'tokens' and 'bytes' must be integers.") from error
         return cls(**given)
 
-    def labelled(self, *, agent: str, text: str) -> ContextHandle:
-        """The same handle with another agent's name and line of text."""
-        return replace(self, agent=agent, text=text)
+    def labelled(self, *, agent: str, text: str, source: str = "") -> ContextHandle:
+        """The same handle with another agent's name, line of text and note."""
+        return replace(self, agent=agent, text=text, source=source)
 
 
 def _cut(text: str, limit: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-HandoffMode = Literal["none", "kv", "replay", "rethink", "projection", "text", "lost"]
+HandoffMode = Literal["none", "kv", "replay", "rethink", "projection", "reread", "text", "lost"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Usage:
         positions_reused: Those of them whose keys and values were already there.
         latent_steps: Latent steps run by this request.
         completion_tokens: Tokens decoded by this request.
+        reasoning_tokens: Those of them that a reasoning model decoded before its text.
         queue_seconds, prefill_seconds, latent_seconds, decode_seconds: Wall time per phase.
     """
 
@@ -24,6 +25,7 @@ class Usage:
     positions_reused: int = 0
     latent_steps: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     latent_seconds: float = 0.0

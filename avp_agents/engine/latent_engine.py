@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, Prompt, ThinkOptions
+from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Prompt, ThinkOptions
+from avp_agents.engine.crossing import Crossing, Reread
 from avp_agents.engine.delivery import ChunkStream, await_context, stream_chunks, wait_for_context
+from avp_agents.engine.directory import add_engine
+from avp_agents.engine.foreign import check_values
 from avp_agents.engine.model_runtime import EngineSettings, ModelRuntime
 from avp_agents.engine.model_source import InMemory, ModelSource, Pretrained
 from avp_agents.engine.request_builder import RequestBuilder
 from avp_agents.engine.scheduler import EngineStats, Scheduler
+from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
 from avp_agents.handle import ContextHandle
 from avp_agents.models import resolve_model
 from avp_agents.store import ContextStore, default_store
+from avp_agents.tracing import start_operation
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +43,24 @@ class LatentEngine:
     def __init__(self, source: ModelSource, store: ContextStore, settings: EngineSettings) -> None:
         self.model_path = source.name
         self.store = store
-        self._runtime = ModelRuntime(source, settings, store)
+        self._runtime = ModelRuntime(source, settings)
         self._requests = RequestBuilder(self._runtime, store, source.name)
         self._finalizer = weakref.finalize(self, self._runtime.close)
+        # an engine that shares its runtime keeps the one alive whose end closes it
+        self._first: LatentEngine | None = None
+        add_engine(self)
+
+    def for_store(self, store: ContextStore) -> LatentEngine:
+        """This engine for another tenant: the same weights, batches and KV memory, with a store of its own.
+
+        Nothing is shared between the two: a KV-cache serves only requests of the store that it belongs to. Closing
+        either of them closes both.
+        """
+        tenant = copy.copy(self)
+        tenant.store = store
+        tenant._requests = RequestBuilder(self._runtime, store, self.model_path)
+        tenant._first = self
+        return tenant
 
     @classmethod
     def from_pretrained(
@@ -56,6 +77,8 @@ class LatentEngine:
         capture_steps: bool | None = None,
         adapters: Seq[str] = (),
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        reread: Reread = True,
+        project_vectors: bool = False,
         **model_options: Any,
     ) -> Self:
         """An engine for a model; the weights are loaded at the first use.
@@ -74,6 +97,10 @@ class LatentEngine:
             capture_steps: Run decode and latent steps as captured graphs; by default on a single CUDA device only.
             adapters: LoRA adapters (folders or hub names), needs ``avp-agents[adapters]``.
             chat_template_kwargs: Options of the chat template, such as ``{"enable_thinking": False}``.
+            reread: What of the text that a context of another model was made from this model reads again: True is what
+                users and tools said, ``"all"`` also system prompts and earlier answers, False is none.
+            project_vectors: Whether the thought in such a context enters as a vector, too (`avp_agents.projection`). It
+                did not improve answers where that was measured.
             **model_options: Passed to transformers: ``revision``, ``token``, ``local_files_only``, ``device_map``,
                 ``quantization_config``, ``gguf_file``, ...
 
@@ -88,6 +115,8 @@ class LatentEngine:
             max_queue=max_queue,
             capture_steps=capture_steps,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
+            reread=reread,
+            project_vectors=project_vectors,
         )
         name = resolve_model(name_or_path)
         source = Pretrained(name, device, dtype, tuple(adapters), dict(model_options))
@@ -109,7 +138,7 @@ class LatentEngine:
             tokenizer: Its tokenizer.
             store: As in `from_pretrained`.
             **settings: ``batch_invariant``, ``kv_pool_bytes``, ``max_batch``, ``max_queue``, ``capture_steps``,
-                ``chat_template_kwargs`` as in `from_pretrained`.
+                ``chat_template_kwargs``, ``reread``, ``project_vectors`` as in `from_pretrained`.
         """
         source = InMemory(model, tokenizer)
         return cls(source, store if store is not None else default_store(), EngineSettings(**settings))
@@ -135,6 +164,16 @@ class LatentEngine:
         return self._runtime.loaded.weight_bytes
 
     @property
+    def loaded_fingerprint(self) -> str | None:
+        """As `fingerprint`, but None where the weights are not loaded, or not any more."""
+        return self._runtime.loaded_fingerprint
+
+    @property
+    def crossing(self) -> Crossing:
+        """What this model tells others of its contexts, and how it takes theirs; see `avp_agents.engine.crossing`."""
+        return self._runtime.crossing
+
+    @property
     def context_window(self) -> int:
         """Positions the model supports."""
         return self._runtime.window
@@ -143,9 +182,24 @@ class LatentEngine:
         """Positions in use, requests running and waiting."""
         return self._started().stats()
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """Positions of the rendered prompt; needs the tokenizer only."""
-        return self._runtime.renderer.count(prompt)
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls; needs the tokenizer only."""
+        return self._runtime.renderer.tool_format
+
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Seq[ToolDefinition] = (),
+    ) -> int:
+        """Positions of the rendered prompt, its tools included; needs the tokenizer only."""
+        return self._runtime.renderer.count(prompt, chat_template_kwargs=chat_template_kwargs, tools=tools)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text as message content: no template, no BOS, control tokens in it are plain text."""
+        return self._runtime.renderer.encode(text)
 
     def load(self) -> None:
         """Load the weights now instead of at the first use."""
@@ -174,7 +228,9 @@ class LatentEngine:
         """
         build = self._requests.thinking
         return wait_for_context(
-            self._runtime.scheduler, lambda deliver: build(prompt, steps, context, options, deliver)
+            self._runtime.scheduler,
+            lambda deliver: build(prompt, steps, context, options, deliver),
+            start_operation("think", self.model_path, {**options, "steps": steps}),
         )
 
     def generate(
@@ -197,14 +253,18 @@ class LatentEngine:
 
     def stream(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> Iterator[Chunk]:
+    ) -> ChunkStream:
         """`generate`, token by token; closing the iterator ends the request.
 
         Raises:
             As `think`; what can be checked before work starts is raised at once, not at the first chunk.
         """
         build = self._requests.answering
-        return ChunkStream(self._started(), lambda deliver: build(prompt, context, options, deliver))
+        return ChunkStream(
+            self._started(),
+            lambda deliver: build(prompt, context, options, deliver),
+            start_operation("chat", self.model_path, options),
+        )
 
     def replay(self, context: Context) -> Context:
         """The same context with its KV-cache rebuilt (or found again): one prefill of its lineage.
@@ -212,7 +272,49 @@ class LatentEngine:
         Raises:
             As `think`.
         """
-        return wait_for_context(self._started(), lambda deliver: self._requests.replaying(context, deliver))
+        return wait_for_context(
+            self._started(),
+            lambda deliver: self._requests.replaying(context, deliver),
+            start_operation("replay", self.model_path),
+        )
+
+    def join(
+        self,
+        contexts: Seq[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        """Several contexts as one, for the next agent to go on with; see `avp_agents.engine.join`.
+
+        Args:
+            contexts: Of this model, in the order in which the next agent reads them. Those that another one holds are
+                left out.
+            strategy: ``"replay"`` prefills the lineages as one, so that each context sees those before it.
+                ``"splice"`` moves the KV-caches behind one another, without attention between them. ``"text"`` hands
+                over the texts of the contexts' answers only.
+            timeout: Seconds until `RequestTimeoutError`, waiting in the queue included.
+            source: Who asks; admission is fair between sources.
+
+        Returns:
+            A new context. `context.handoff` says which strategy ran, what had to be computed again, and which
+            contexts were left out; `context.usage` what it cost. A single context is given back as it is.
+
+        Raises:
+            ConfigurationError: There are no contexts, or there is no such strategy.
+            PromptError: The strategy is ``"text"`` and no context has any; or the template renders no conversation.
+            UnsupportedModelError: The strategy is ``"splice"`` and the model's keys cannot be moved exactly: its
+                positions are not rotary, or depend on the sequence's length.
+            ContextWindowError, FingerprintMismatchError, RequestTimeoutError, EngineBusyError, EngineClosedError,
+            KvMemoryError
+        """
+        build = self._requests.joining
+        return wait_for_context(
+            self._started(),
+            lambda deliver: build(contexts, strategy, timeout, source, deliver),
+            start_operation("join", self.model_path, {"strategy": strategy}),
+        )
 
     def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """The context a handle stands for.
@@ -224,10 +326,21 @@ class LatentEngine:
         Raises:
             InvalidHandleError: It is malformed.
             ContextLostError: The store does not have it.
-            FingerprintMismatchError: It belongs to another model or dtype.
+            FingerprintMismatchError: It belongs to another model, and no engine of this process runs that.
         """
         context = self.store.get(handle, scope=scope)
+        self._requests.check_receivable(context)
+        return context
+
+    def accept(self, context: Context) -> Context:
+        """A context that came from outside of this process, once it was checked; use it like any other.
+
+        Raises:
+            FingerprintMismatchError: It belongs to another model or dtype.
+            IntegrityError: It holds values that this model cannot have made.
+        """
         self._requests.check_model(context)
+        check_values(context, self._runtime.loaded, self._started().pool)
         return context
 
     async def athink(
@@ -236,7 +349,10 @@ class LatentEngine:
         """Asynchronous `think`; cancelling the task frees the sequence."""
         build = self._requests.thinking
         scheduler = await asyncio.to_thread(self._started)
-        return await await_context(scheduler, lambda deliver: build(prompt, steps, context, options, deliver))
+        operation = start_operation("think", self.model_path, {**options, "steps": steps})
+        return await await_context(
+            scheduler, lambda deliver: build(prompt, steps, context, options, deliver), operation
+        )
 
     async def agenerate(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
@@ -254,7 +370,8 @@ class LatentEngine:
         """Asynchronous `stream`; leaving the iterator frees the sequence."""
         build = self._requests.answering
         scheduler = await asyncio.to_thread(self._started)
-        stream = stream_chunks(scheduler, lambda deliver: build(prompt, context, options, deliver))
+        operation = start_operation("chat", self.model_path, options)
+        stream = stream_chunks(scheduler, lambda deliver: build(prompt, context, options, deliver), operation)
         async with aclosing(stream):
             async for chunk in stream:
                 yield chunk
@@ -262,7 +379,26 @@ class LatentEngine:
     async def areplay(self, context: Context) -> Context:
         """Asynchronous `replay`."""
         scheduler = await asyncio.to_thread(self._started)
-        return await await_context(scheduler, lambda deliver: self._requests.replaying(context, deliver))
+        operation = start_operation("replay", self.model_path)
+        return await await_context(
+            scheduler, lambda deliver: self._requests.replaying(context, deliver), operation
+        )
+
+    async def ajoin(
+        self,
+        contexts: Seq[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        """Asynchronous `join`; cancelling the task frees the sequence."""
+        build = self._requests.joining
+        scheduler = await asyncio.to_thread(self._started)
+        operation = start_operation("join", self.model_path, {"strategy": strategy})
+        return await await_context(
+            scheduler, lambda deliver: build(contexts, strategy, timeout, source, deliver), operation
+        )
 
     async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """Asynchronous `resolve`."""

@@ -16,13 +16,21 @@ class Row:
         first: Index of its first new position among the T.
         count: New positions.
         base: Where its keys and values begin in the pool.
-        length: Positions of the sequence after this pass.
+        length: Positions that it sees after this pass, the new ones included.
+        spans: Which those are, relative to `base`, if not the first `length`.
     """
 
     first: int
     count: int
     base: int
     length: int
+    spans: tuple[tuple[int, int], ...] | None = None
+
+    def visible(self, pool: torch.Tensor) -> torch.Tensor:
+        """Keys or values that it sees, ``[kv_heads, length, dim]``, of ``[kv_heads, positions, dim]``."""
+        if self.spans is None:
+            return pool[:, self.base : self.base + self.length]
+        return torch.cat([pool[:, self.base + start : self.base + stop] for start, stop in self.spans], dim=1)
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,8 @@ class Layout:
 
     @property
     def steps(self) -> bool:
-        """Whether every row has one new position."""
-        return all(row.count == 1 for row in self.rows)
+        """Whether every row has one new position behind consecutive ones."""
+        return all(row.count == 1 and row.spans is None for row in self.rows)
 
     def mask(self, row: Row, window: int | None, groups: int, like: torch.Tensor) -> torch.Tensor:
         """Additive mask ``[groups * count, length]`` of a row with several new positions; the same in all layers."""

@@ -9,18 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from platformdirs import user_cache_path
 
 from avp_agents.engine.captured_step import CapturedStep
+from avp_agents.engine.crossing import Crossing, Reread
+from avp_agents.engine.grammar import GrammarCompiler
 from avp_agents.engine.kv_pool import KvPool, PooledKv
 from avp_agents.engine.latent_step import LatentStep
 from avp_agents.engine.loading import LoadedModel, TokenizerFiles
 from avp_agents.engine.model_source import ModelSource
 from avp_agents.engine.probe import verify_exactness
 from avp_agents.engine.prompt import PromptRenderer
+from avp_agents.engine.rotation import KeyRotation
 from avp_agents.engine.runner import Runner
 from avp_agents.engine.scheduler import Machinery, Scheduler
 from avp_agents.errors import ConfigurationError, EngineClosedError, StoreError
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from avp_agents.context import LatentRecipe
-    from avp_agents.store import ContextStore
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,14 @@ class EngineSettings:
     max_queue: int = 256
     capture_steps: bool | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reread: Reread = True
+    project_vectors: bool = False
 
     def __post_init__(self) -> None:
         if self.max_batch < 1 or self.max_queue < 1:
             raise ConfigurationError("max_batch and max_queue must be at least 1.")
+        if self.reread not in (True, False, "all"):
+            raise ConfigurationError(f"reread must be True, False or 'all', not {self.reread!r}.")
 
 
 class ModelRuntime:
@@ -60,11 +66,10 @@ class ModelRuntime:
     Args:
         source: Where tokenizer and weights come from.
         settings: See `LatentEngine.from_pretrained`.
-        store: Takes the KV-caches that the pool evicts.
     """
 
-    def __init__(self, source: ModelSource, settings: EngineSettings, store: ContextStore) -> None:
-        self._source, self._settings, self._store = source, settings, store
+    def __init__(self, source: ModelSource, settings: EngineSettings) -> None:
+        self._source, self._settings = source, settings
         self._lock = threading.RLock()
         self._scheduler: Scheduler | None = None
         self._closed = False
@@ -93,10 +98,34 @@ class ModelRuntime:
             options = self._settings.chat_template_kwargs
             return PromptRenderer(files.tokenizer, chat_template_kwargs=options, eos_token_ids=files.eos_ids)
 
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """What answers may be, for this tokenizer."""
+        with self._lock:
+            renderer = self.renderer
+            backend = cast("Any", self.tokenizer).backend_tokenizer
+            return GrammarCompiler(backend, end_ids=renderer.stop_ids, control_ids=renderer.control_ids)
+
     @property
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
         return self.scheduler.machinery.loaded
+
+    @property
+    def settings(self) -> EngineSettings:
+        """The engine's options."""
+        return self._settings
+
+    @property
+    def loaded_fingerprint(self) -> str | None:
+        """The model's fingerprint; None where its weights are not loaded, or not any more."""
+        scheduler = self._scheduler
+        return None if self._closed or scheduler is None else scheduler.machinery.loaded.fingerprint
+
+    @cached_property
+    def crossing(self) -> Crossing:
+        """The way out of this model and into it, for contexts of others."""
+        return Crossing(self, self._source.name)
 
     @property
     def latent_step(self) -> LatentStep:
@@ -157,7 +186,7 @@ class ModelRuntime:
         verify_exactness(loaded, pool)
         captured = self._captured(loaded, pool)
         runner = Runner(loaded, pool, batch_invariant=self._settings.batch_invariant, captured=captured)
-        return Machinery(loaded, pool, runner, latent_step)
+        return Machinery(loaded, pool, runner, latent_step, KeyRotation(loaded, pool))
 
     def _captured(self, loaded: LoadedModel, pool: KvPool) -> CapturedStep | None:
         single = len({shape.device for shape in loaded.shapes} | {loaded.device}) == 1
@@ -191,7 +220,7 @@ class ModelRuntime:
 
         def put() -> None:
             try:
-                self._store.add_kv(copy)
+                view.store.add_kv(copy)
             except StoreError as error:
                 log.warning("An evicted KV-cache was not kept (its lineage is): %s", error)
 

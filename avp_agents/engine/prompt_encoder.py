@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Piece = tuple[str, int | None]
+"""A piece of text, and its id if it is a control token."""
+
+
 class PromptEncoder:
     """Encodes rendered chat text with one tokenizer. Safe to use from many threads.
 
@@ -47,7 +51,8 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         definition = _read_definition(tokenizer)
-        controls = _control_tokens(definition, _template_source(tokenizer))
+        self._template = _template_source(tokenizer)
+        controls = _control_tokens(definition, self._template)
         nonce = f"{secrets.randbelow(10**18):018d}"
         self._ids = {token["content"]: token["id"] for token in controls}
         self._stand_ins = {text: f"\ufdd0{nonce}.{id_}\ufdd1" for text, id_ in self._ids.items()}
@@ -64,6 +69,15 @@ class PromptEncoder:
         self._heads = frozenset(text[i:] for text in self._ids for i in range(1, len(text)))
         self._tails = frozenset(text[:i] for text in self._ids for i in range(1, len(text)))
         self._longest_part = max(map(len, self._heads), default=0)
+
+    def knows(self, control: str) -> bool:
+        """Whether `control` is a control token, or text that the chat template writes."""
+        return control in self._ids or control in self._template
+
+    def pieces(self, text: str) -> list[Piece]:
+        """Rendered text cut into plain text and control tokens, in order."""
+        cut = re.split(f"({self._control.pattern})", text)
+        return [(piece, self._ids.get(piece) if i % 2 else None) for i, piece in enumerate(cut) if piece]
 
     def mark(self, value: Any) -> Any:
         """`value` (text, or JSON-like data that holds text) with the control strings in it marked as data."""

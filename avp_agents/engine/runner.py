@@ -12,6 +12,7 @@ from avp_agents.engine.captured_step import CapturedStep
 from avp_agents.engine.kv_pool import KvPool
 from avp_agents.engine.layout import Layout, Row
 from avp_agents.engine.loading import Forward, LoadedModel
+from avp_agents.engine.prefill import Span, extended, frame_length
 
 INVARIANT_ROWS = 8
 INVARIANT_CHUNK = 64
@@ -30,17 +31,24 @@ class Piece:
         base: Where the sequence's keys and values begin in the pool.
         start: Positions of the sequence that are in the pool already.
         wants_logits: Whether the last position's logits are needed.
+        frame: Which of those they see, if not all; see `avp_agents.engine.prefill`.
     """
 
     inputs: tuple[Inputs, ...]
     base: int
     start: int
     wants_logits: bool
+    frame: tuple[Span, ...] | None = None
 
     @property
     def count(self) -> int:
         """New positions."""
         return sum(len(part) for part in self.inputs)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is a single position behind all others of its sequence."""
+        return self.count == 1 and self.frame is None
 
 
 @dataclass(frozen=True)
@@ -80,16 +88,16 @@ class Runner:
         if self._batch_invariant:
             return self._run_invariant(pieces)
         if self._captured is not None and len(pieces) > 1:
-            singles = [i for i, piece in enumerate(pieces) if piece.count == 1]
-            longer = [i for i, piece in enumerate(pieces) if piece.count > 1]
+            singles = [i for i, piece in enumerate(pieces) if piece.is_step]
+            longer = [i for i, piece in enumerate(pieces) if not piece.is_step]
             return self._run_groups(pieces, [g for g in (singles, longer) if g])
         # in the order of their places in the pool, rows that are equally spaced there are read as one
         return self._run_groups(pieces, [sorted(range(len(pieces)), key=lambda i: pieces[i].base)])
 
     def _run_invariant(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
-        singles = [i for i, piece in enumerate(pieces) if piece.count == 1]
+        singles = [i for i, piece in enumerate(pieces) if piece.is_step]
         buckets = [singles[i : i + INVARIANT_ROWS] for i in range(0, len(singles), INVARIANT_ROWS)]
-        alone = [[i] for i, piece in enumerate(pieces) if piece.count > 1]
+        alone = [[i] for i, piece in enumerate(pieces) if not piece.is_step]
         return self._run_groups(pieces, buckets + alone)
 
     def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]]) -> list[PieceOutput]:
@@ -101,15 +109,16 @@ class Runner:
     def _run_together(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
         """One forward pass."""
         total = sum(piece.count for piece in pieces)
-        if self._captured is not None and total == len(pieces):
+        steps = all(piece.is_step for piece in pieces)
+        if self._captured is not None and steps:
             hidden, logits = self._captured(self._embeddings(pieces, total), pieces)
             return [PieceOutput(hidden[i], logits[i] if piece.wants_logits else None) for i, piece in enumerate(pieces)]
-        size = self._padded_size(total, len(pieces))
+        size = self._padded_size(total, steps)
         layout, positions = self._layout(pieces, size)
         self._cache.place(layout.slots)
         lasts = [row.first + row.count - 1 for row in layout.rows]
         wanted = [last for last, piece in zip(lasts, pieces, strict=True) if piece.wants_logits]
-        logits_at = self._logits_at(wanted, size, total == len(pieces))
+        logits_at = self._logits_at(wanted, size, steps)
         hidden, logits = self._forward(self._embeddings(pieces, size), positions, logits_at, self._cache, layout)
         rows = iter(range(len(wanted)))
         return [
@@ -117,10 +126,10 @@ class Runner:
             for last, piece in zip(lasts, pieces, strict=True)
         ]
 
-    def _padded_size(self, total: int, rows: int) -> int:
+    def _padded_size(self, total: int, steps: bool) -> int:
         if not self._batch_invariant:
             return total
-        return INVARIANT_ROWS if total == rows else INVARIANT_CHUNK
+        return INVARIANT_ROWS if steps else INVARIANT_CHUNK
 
     def _logits_at(self, wanted: list[int], size: int, singles: bool) -> torch.Tensor | None:
         """Positions that need logits; in a batch-invariant bucket the head too always sees the same number of rows."""
@@ -152,9 +161,11 @@ class Runner:
         positions: list[int] = []
         for piece in pieces:
             stop = piece.start + piece.count
-            rows.append(Row(first=len(slots), count=piece.count, base=piece.base, length=stop))
+            spans = None if piece.frame is None else extended(piece.frame, (piece.start, stop))
+            seen = stop if spans is None else frame_length(spans)
+            rows.append(Row(first=len(slots), count=piece.count, base=piece.base, length=seen, spans=spans))
             slots.extend(range(piece.base + piece.start, piece.base + stop))
-            positions.extend(range(piece.start, stop))
+            positions.extend(range(seen - piece.count, seen))
         padding = size - len(slots)
         slots.extend([self._pool.scratch] * padding)
         positions.extend([0] * padding)

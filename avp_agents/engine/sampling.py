@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from avp_agents.engine.base import GenerateOptions
-from avp_agents.errors import ConfigurationError, NumericalError
+from avp_agents.engine.grammar import Constraint
+from avp_agents.errors import ConfigurationError, EngineError, NumericalError
 
 DEFAULT_MAX_TOKENS = 512
 MAX_LOGPROBS = 50
@@ -58,7 +59,7 @@ class SamplingParams:
     def from_options(
         cls, options: GenerateOptions | Mapping[str, Any], *, vocab_limit: int, eos_token_ids: Iterable[int] = ()
     ) -> SamplingParams:
-        """Check a request's options; None is an option's default. `timeout` and `source` are checked by the scheduler.
+        """Check a request's options; None is an option's default. Others check `grammar`, `timeout` and `source`.
 
         Args:
             options: As given to `generate`.
@@ -163,10 +164,14 @@ class RowSampler:
     Args:
         params: The request's options.
         prompt_ids: All ids of context and prompt, for the repetition penalty. Latent positions have none.
+        constraint: What the answer may be, if not just anything.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Iterable[int] = (), constraint: Constraint | None = None
+    ) -> None:
         self.params = params
+        self.constraint = constraint
         self.generated = 0
         self._random = random.Random(params.seed)
         self._penalised = params.repetition_penalty != 1.0
@@ -174,24 +179,38 @@ class RowSampler:
         self._new = sorted(self._seen)
         self._seen_index: Tensor | None = None
 
-    @property
-    def takes_argmax(self) -> bool:
+    def takes(self, most_likely: int) -> bool:
         """Whether the next token is simply the most likely one, no option in the way."""
-        return self.params.greedy and not self._penalised and not self._stops_masked
+        if not self.params.greedy or self._penalised or self._stops_masked:
+            return False
+        return self.constraint is None or self.constraint.allows(most_likely)
 
     @property
     def _stops_masked(self) -> bool:
         return self.generated < self.params.min_tokens and bool(self.params.stop_token_ids)
 
+    def settled(self, token_id: int) -> int:
+        """The token to take where `token_id` was drawn; a constraint may have to bring the answer to its end."""
+        return token_id if self.constraint is None else self.constraint.settled(token_id)
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the constraint brought the answer to its end because `max_tokens` would not have sufficed."""
+        return self.constraint is not None and self.constraint.was_cut
+
     def accept(self, token_id: int) -> None:
         """Note a token as generated."""
         self.generated += 1
+        if self.constraint is not None:
+            self.constraint.accept(token_id)
         if self._penalised and token_id not in self._seen:
             self._seen.add(token_id)
             self._new.append(token_id)
 
     def scores(self, row: Tensor) -> Tensor:
-        """The logits after repetition penalty and `min_tokens`.
+        """The logits after repetition penalty, constraint and `min_tokens`.
+
+        `min_tokens` gives way where the constraint allows nothing but the end.
 
         Args:
             row: ``[vocab]``, any floating dtype; not changed.
@@ -204,13 +223,18 @@ class RowSampler:
             penalty, seen = self.params.repetition_penalty, self._seen_ids(scores)
             before = scores[seen]
             scores = scores.index_copy(0, seen, torch.where(before < 0, before * penalty, before / penalty))
+        if self.constraint is not None:
+            allowed = torch.from_numpy(self.constraint.mask(len(scores))).to(scores.device)
+            scores = scores.masked_fill(~allowed, -math.inf)
         if self._stops_masked:
             stops = [t for t in self.params.stop_token_ids if t < len(scores)]
-            scores = scores.index_fill(0, torch.tensor(stops, device=scores.device), -math.inf)
+            going_on = scores.index_fill(0, torch.tensor(stops, device=scores.device), -math.inf)
+            if self.constraint is None or bool((going_on > -math.inf).any()):
+                return going_on
         return scores
 
     def distribution(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """What the next token is drawn from: penalty, `min_tokens`, temperature, top_k, top_p, min_p, in this order.
+        """What the next token is drawn from: scores, then temperature, top_k, top_p and min_p, in this order.
 
         The order and the borders are those of transformers' logits processors.
 
@@ -239,6 +263,7 @@ class RowSampler:
 
         Raises:
             NumericalError: The options are so extreme that the scaled logits are no longer finite.
+            EngineError: The constraint cannot be followed any further.
         """
         if self.params.greedy:
             return int(self.scores(row).max(dim=-1).indices)
@@ -277,7 +302,7 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
 
 def sample(
     logits: Tensor, requests: Sequence[RowSampler], *, vocab_limit: int | None = None
-) -> list[Sampled | NumericalError]:
+) -> list[Sampled | EngineError]:
     """Draw one token for every row, and note it in the row's `RowSampler`.
 
     Args:
@@ -287,7 +312,8 @@ def sample(
 
     Returns:
         One entry per row; a `NumericalError` (returned, so that the other rows go on) where the logits hold NaN or
-        +Inf, or nothing but -Inf, or where the options drive them there.
+        +Inf, or nothing but -Inf, or where the options drive them there; an `EngineError` where a constraint cannot be
+        followed.
     """
     rows = logits[:, :vocab_limit]
     best = _finite_argmax(rows)
@@ -303,17 +329,17 @@ def _finite_argmax(rows: Tensor) -> list[int]:
     return torch.where(values.isfinite(), indices, -1).tolist()
 
 
-def _sample_row(row: Tensor, request: RowSampler, most_likely: int) -> Sampled | NumericalError:
+def _sample_row(row: Tensor, request: RowSampler, most_likely: int) -> Sampled | EngineError:
     if most_likely < 0:
         return NumericalError(
             f"The model's logits hold NaN or Inf after {request.generated} tokens; try dtype='float32', "
             "or fewer latent steps."
         )
     try:
-        token_id = most_likely if request.takes_argmax else request.draw(row)
-    except NumericalError as error:
+        token_id = request.settled(most_likely if request.takes(most_likely) else request.draw(row))
+        request.accept(token_id)
+    except EngineError as error:
         return error
-    request.accept(token_id)
     count = request.params.logprobs
     return Sampled(token_id) if count is None else _with_logprobs(row, token_id, count)
 

@@ -21,7 +21,9 @@ from avp_agents.engine.admission import AdmissionQueue
 from avp_agents.engine.kv_pool import KvPool
 from avp_agents.engine.latent_step import LatentStep
 from avp_agents.engine.loading import LoadedModel
-from avp_agents.engine.placement import place
+from avp_agents.engine.placement import copy_splice, place
+from avp_agents.engine.prefill import Move
+from avp_agents.engine.rotation import KeyRotation
 from avp_agents.engine.runner import INVARIANT_CHUNK, PieceOutput, Runner
 from avp_agents.engine.sampling import Sampled, sample
 from avp_agents.engine.sequence import Answering, Replaying, Sequence, Thinking
@@ -67,6 +69,7 @@ class Machinery:
     pool: KvPool
     runner: Runner
     latent_step: LatentStep
+    rotation: KeyRotation
 
     def token_text(self, token: int) -> str:
         """A token's text, for log-probabilities."""
@@ -163,6 +166,7 @@ class Scheduler:
             ready.set_exception(error)
             return
         self._runner, self._latent_step = machinery.runner, machinery.latent_step
+        self._rotation = machinery.rotation
         self.pool = machinery.pool
         self._vocab_limit, self._token_text = machinery.loaded.vocabulary.size, machinery.token_text
         ready.set_result(machinery)
@@ -207,6 +211,8 @@ class Scheduler:
             if sequence is None:
                 return
             try:
+                if sequence.has_splices:
+                    self._rotation.require()
                 placed = place(sequence, self.pool, exact_parents_only=self._batch_invariant)
             except AvpError as error:
                 self._fail(sequence, error)
@@ -220,19 +226,40 @@ class Scheduler:
 
     def _round(self) -> None:
         """One forward pass for everybody who fits."""
-        chosen = self._choose()
-        pieces = [sequence.next_piece(budget) for sequence, budget in chosen]
-        sequences = [sequence for sequence, _ in chosen]
+        sequences = list(self._running)
         try:
+            self._copy_splices()
+            chosen = self._choose()
+            pieces = [sequence.next_piece(budget) for sequence, budget in chosen]
+            sequences = [sequence for sequence, _ in chosen]
             outputs = self._runner.run(pieces)
             for sequence, piece in zip(sequences, pieces, strict=True):
                 sequence.fed(piece.count)
+                self._move(sequence, sequence.moves_due())
             self._steps += 1
             self._advance(list(zip(sequences, outputs, strict=True)))
         except Exception as error:
             log.exception("A batch of %d sequences failed", len(sequences))
             for sequence in [s for s in sequences if s in self._running]:
                 self._fail(sequence, EngineError(f"The forward pass failed: {type(error).__name__}: {error}"))
+
+    def _copy_splices(self) -> None:
+        """Fill in splices whose keys and values are still where they were made.
+
+        Not where results must be bit-equal: they may have been made in other shapes there.
+        """
+        if self._batch_invariant:
+            return
+        for sequence in self._running:
+            while copy_splice(sequence, self.pool):
+                # of splices within it, the keys were moved before they were copied
+                self._move(sequence, sequence.moves_due()[-1:])
+
+    def _move(self, sequence: Sequence, moves: tuple[Move, ...]) -> None:
+        """Rotate the keys of splices that have just been completed."""
+        assert sequence.region is not None
+        for move in moves:
+            self._rotation.move(sequence.region.start + move.start, sequence.region.start + move.stop, move.by)
 
     def _choose(self) -> list[tuple[Sequence, int]]:
         """All sequences past their prefill, and prefilling ones within the budget."""
@@ -321,7 +348,7 @@ class Scheduler:
         event = sequence.end()
         assert sequence.region is not None
         context = sequence.result_context()
-        kv = self.pool.close(sequence.region, context)
+        kv = self.pool.close(sequence.region, context, sequence.request.store)
         if context is not None:
             context.attach(kv=kv)
         self._leave(sequence)
@@ -329,7 +356,7 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, error: AvpError) -> None:
         if sequence.region is not None:
-            self.pool.close(sequence.region, None)
+            self.pool.close(sequence.region, None, sequence.request.store)
         self._leave(sequence)
         sequence.request.deliver(error)
 

@@ -11,18 +11,24 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from avp_agents.context import Context, LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
+from avp_agents.context import Context, LatentRecipe, LatentSegment, Readout, Segment, SplicedSegment, TokenSegment
 from avp_agents.engine.base import Chunk, FinishReason, Generation, TokenLogprob
 from avp_agents.engine.kv_pool import Region
+from avp_agents.engine.prefill import Move, next_inputs, prefill_runs
+from avp_agents.engine.reasoning import ReasoningSplit
 from avp_agents.engine.runner import Inputs, Piece
 from avp_agents.engine.sampling import RowSampler, Sampled
 from avp_agents.engine.stopping import TextStream
 from avp_agents.kv_cache import HostKv
 from avp_agents.usage import Handoff, HandoffMode, Usage
+
+if TYPE_CHECKING:
+    from avp_agents.store import ContextStore
 
 Event = Chunk | Context | BaseException
 """A piece of an answer (the last one holds the `Generation`), a finished context, or why there is none."""
@@ -34,25 +40,31 @@ class Request:
 
     Attributes:
         model: Fingerprint and dtype of the engine.
+        store: The caller's. It takes evicted KV-caches; requests of different stores share none.
         base: The context the prompt goes on top of, if any.
         prompt_ids: New ids behind the base.
         relation: How base and prompt belong together, for the handoff's reason.
-        prefix: A token-only context whose KV-cache may serve as far as the ids agree.
-        host_kv: KV-cache of `base` (or `prefix`) that a store had, if it is not in the pool.
+        prefix: A context whose KV-cache may serve as far as it agrees; where there is a base, it extends that.
+        host_kv: KV-cache of `host_context` that a store had, if it is not in the pool.
+        host_context: `prefix` or `base`; None without `host_kv`.
         deliver: Called from the scheduler's thread with every event.
         notes: What rendering decided.
+        crossed: How contexts of other models were received for this request, if any were.
         source: Admission is fair between sources.
         deadline: `time.monotonic()` at which the request times out.
     """
 
     model: tuple[str, str]
+    store: ContextStore
     base: Context | None
     prompt_ids: tuple[int, ...]
     relation: str
     prefix: Context | None
     host_kv: HostKv | None
+    host_context: Context | None
     deliver: Callable[[Event], None]
     notes: tuple[str, ...] = ()
+    crossed: Handoff | None = None
     source: str = ""
     deadline: float | None = None
     submitted: float = field(default_factory=time.monotonic)
@@ -96,6 +108,7 @@ class Sequence(ABC):
         self.request = request
         self.lineage = request.lineage
         self.total = sum(len(segment) for segment in self.lineage)
+        self._runs = prefill_runs(self.lineage)
         self.capacity = self.total + more
         self.region: Region | None = None
         self.length = 0
@@ -116,10 +129,13 @@ class Sequence(ABC):
     def next_piece(self, budget: int) -> Piece:
         """What to feed next: at most `budget` positions of the lineage, or one step."""
         assert self.region is not None
-        inputs = lineage_inputs(self.lineage, self.length, budget) if self.prefilling else (self.step_input(),)
+        if self.prefilling:
+            inputs, frame = next_inputs(self._runs, self.length, budget)
+        else:
+            inputs, frame = (self.step_input(),), None
         stop = self.length + sum(len(part) for part in inputs)
         wants_logits = stop >= self.total and self.wants_logits()
-        return Piece(inputs=inputs, base=self.region.start, start=self.length, wants_logits=wants_logits)
+        return Piece(inputs, self.region.start, self.length, wants_logits, frame)
 
     def fed(self, count: int) -> None:
         """Note that `count` positions more are in the pool."""
@@ -128,6 +144,33 @@ class Sequence(ABC):
             self.prefilled = time.monotonic()
         self.length += count
         self.region.written = self.length
+
+    @property
+    def has_splices(self) -> bool:
+        """Whether keys may have to be moved for it."""
+        return any(run.splice is not None for run in self._runs)
+
+    def whole(self, length: int) -> int:
+        """The positions among the first `length` that another sequence may start behind: none of half a splice."""
+        return next((r.splice for r in self._runs if r.splice is not None and r.splice < length < r.stop), length)
+
+    def next_splice(self) -> SplicedSegment | None:
+        """The splice that is to be prefilled next, if it is one, and not the last thing to be prefilled."""
+        start = 0
+        for segment in self.lineage:
+            if start == self.length and isinstance(segment, SplicedSegment):
+                return segment if start + len(segment) < self.total else None
+            start += len(segment)
+        return None
+
+    def spliced(self, count: int) -> None:
+        """Note that the `count` positions of a splice were copied to where they belong."""
+        self.placement = replace(self.placement, reused=self.placement.reused + count)
+        self.fed(count)
+
+    def moves_due(self) -> tuple[Move, ...]:
+        """What is to be moved now that the newest position is in."""
+        return next((run.moves for run in self._runs if run.stop == self.length), ())
 
     @abstractmethod
     def step_input(self) -> Inputs:
@@ -168,6 +211,20 @@ class Sequence(ABC):
         )
 
     def handoff(self) -> Handoff:
+        """How the context that was given reached this request."""
+        used, crossed = self._base_handoff(), self.request.crossed
+        if crossed is None:
+            return used
+        return replace(
+            used,
+            mode=crossed.mode,
+            reason=crossed.reason,
+            bytes=crossed.bytes,
+            milliseconds=crossed.milliseconds + used.milliseconds,
+            notes=(*crossed.notes, *used.notes),
+        )
+
+    def _base_handoff(self) -> Handoff:
         """How the base (or the prefix) was used."""
         base, placement = self.request.base, self.placement
         if base is None:
@@ -279,12 +336,19 @@ class Answering(Sequence):
     """Decodes tokens until a stop or the limit."""
 
     def __init__(
-        self, request: Request, max_tokens: int, sampler: RowSampler, text: TextStream, stop_ids: frozenset[int]
+        self,
+        request: Request,
+        max_tokens: int,
+        sampler: RowSampler,
+        text: TextStream,
+        stop_ids: frozenset[int],
+        split: ReasoningSplit,
     ) -> None:
         super().__init__(request, more=max_tokens)
         self.sampler = sampler
         self._max_tokens = max_tokens
         self._text = text
+        self._split = split
         self._stop_ids = stop_ids
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -310,8 +374,8 @@ class Answering(Sequence):
         token = sampled.token_id
         self._ids.append(token)
         logprobs = self._note_logprob(sampled, token_text)
-        if token in self._stop_ids and len(self._ids) > self.sampler.params.min_tokens:
-            self._finish = "stop"
+        if token in self._stop_ids:
+            self._finish = "length" if self.sampler.was_cut else "stop"
             delta = self._text.finish()
         else:
             delta = self._text.feed(token)
@@ -320,7 +384,8 @@ class Answering(Sequence):
                 delta += self._text.finish()
             if self._text.stopped:
                 self._finish = "stop"
-        self._last = Chunk(delta, (token,), logprobs=logprobs)
+        reasoning, text = self._split.feed(delta, last=self.done)
+        self._last = Chunk(text, (token,), logprobs=logprobs, reasoning=reasoning)
         if not self.done:
             self.request.deliver(self._last)
 
@@ -331,20 +396,22 @@ class Answering(Sequence):
         assert self._finish is not None
         ids = self._lineage_ids()
         lineage = (*self.lineage, TokenSegment(ids)) if ids else self.lineage
-        usage = self.usage(completion_tokens=len(self._ids))
+        usage = replace(self.usage(completion_tokens=len(self._ids)), reasoning_tokens=self._split.pieces)
         context = self.make_context(lineage, usage)
         self._keep_only(ids)
         asked = self.sampler.params.logprobs is not None
         self._result = Generation(
-            text=self._text.text,
+            text=self._split.text,
             token_ids=ids,
             context=context,
             usage=usage,
             handoff=self.handoff(),
             finish_reason=self._finish,
             logprobs=tuple(self._logprobs) if asked else None,
+            reasoning=self._split.reasoning,
         )
-        return Chunk(last.text, last.token_ids if ids == tuple(self._ids) else (), self._result, last.logprobs)
+        token_ids = last.token_ids if ids == tuple(self._ids) else ()
+        return Chunk(last.text, token_ids, self._result, last.logprobs, last.reasoning)
 
     def result_context(self) -> Context | None:
         """Lineage and answer."""
@@ -367,20 +434,3 @@ class Answering(Sequence):
         entry = TokenLogprob(sampled.token_id, token_text(sampled.token_id), sampled.logprob, sampled.top)
         self._logprobs.append(entry)
         return (entry,)
-
-
-def lineage_inputs(lineage: tuple[Segment, ...], start: int, budget: int) -> tuple[Inputs, ...]:
-    """At most `budget` positions of a lineage from `start` on: ids and latent embeddings in order."""
-    parts: list[Inputs] = []
-    for segment in lineage:
-        if start >= len(segment):
-            start -= len(segment)
-            continue
-        if budget <= 0:
-            break
-        stop = min(len(segment), start + budget)
-        content = segment.token_ids if isinstance(segment, TokenSegment) else segment.embeddings
-        parts.append(content[start:stop])
-        budget -= stop - start
-        start = 0
-    return tuple(parts)

@@ -29,7 +29,7 @@ _BROKEN_WINDOW = 32
 class TextStream:
     """The text of one answer, token by token.
 
-    Special tokens are not shown. Text that was emitted is never taken back.
+    Text that was emitted is never taken back.
 
     Attributes:
         text: Everything emitted so far.
@@ -40,6 +40,7 @@ class TextStream:
         stop: Strings that end the text, none of them empty. The one that is complete first wins; of several that are
             complete at the same character, the longest.
         min_tokens: Text of so many tokens is not searched for stop strings.
+        skip_special_tokens: Special tokens are not shown.
 
     Raises:
         UnsupportedModelError: The tokenizer is not a fast one.
@@ -49,14 +50,21 @@ class TextStream:
         >>> "".join(stream.feed(token_id) for token_id in ids) + stream.finish()
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UnsupportedModelError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer. Load the model's tokenizer.json (convert it with "
                 "the 'tokenizers' library)."
             )
-        self._decoder = _Decoder(backend)
+        self._decoder = _Decoder(backend, skip_special_tokens)
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._pieces: list[str] = []
@@ -147,8 +155,9 @@ class _Decoder:
         boundaries: The ends of final text. Between two of them lies one token, or several that share a character.
     """
 
-    def __init__(self, backend: Tokenizer) -> None:
+    def __init__(self, backend: Tokenizer, skip_special_tokens: bool) -> None:
         self._backend = backend
+        self._skip_special_tokens = skip_special_tokens
         self._start = 0
         self._final_in_window = 0
         self.ids: list[int] = []
@@ -217,7 +226,7 @@ class _Decoder:
         return self._decode_all(self.ids[start:stop])
 
     def _decode_all(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=True)
+        return self._backend.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -14,6 +14,7 @@ from typing import Any
 
 from avp_agents.context import Context
 from avp_agents.engine.base import Message
+from avp_agents.engine.tool_format import GENERIC
 from avp_agents.errors import PromptError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -32,6 +33,13 @@ class Turn:
     index: int
     message: ChatDict
     context: Context | None
+
+    @property
+    def is_bare_thought(self) -> bool:
+        """It stands for latent steps and says nothing beside; there is nothing to render in their place."""
+        if self.context is None or self.context.is_text:
+            return False
+        return not self.message["content"] and "tool_calls" not in self.message
 
 
 def read_messages(messages: Sequence[Message]) -> list[Turn]:
@@ -101,11 +109,18 @@ def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
     return function if isinstance(function, Mapping) else {}
 
 
-def arrangements(messages: Sequence[ChatDict]) -> Iterator[Arrangement]:
-    """The messages as given, then in forms that ask less of a template. Only forms that differ are yielded."""
+def arrangements(messages: Sequence[ChatDict], *, drops_calls: bool = False) -> Iterator[Arrangement]:
+    """The messages as given, then in forms that ask less of a template. Only forms that differ are yielded.
+
+    Args:
+        messages: Checked messages.
+        drops_calls: The template ignores tool calls. Then results are text, too, also where no call is among the
+            messages: a turn has to read alike behind a context and within a whole prompt.
+    """
     given = list(messages)
-    yield from _turn_arrangements(given, ())
     plain, notes = _tools_as_text(given)
+    if not (drops_calls and notes):
+        yield from _turn_arrangements(given, ())
     if notes:
         yield from _turn_arrangements(plain, notes)
 
@@ -185,7 +200,7 @@ def _told_by_user(messages: list[ChatDict], which: Sequence[int]) -> Arrangement
 
 
 def _tools_as_text(messages: list[ChatDict]) -> Arrangement:
-    """Tool calls as JSON lines in the assistant's text, tool results as user messages."""
+    """Tool calls in the generic format in the assistant's text, tool results as user messages."""
     arranged: list[ChatDict] = []
     notes: dict[str, None] = {}
     for message in messages:
@@ -195,17 +210,13 @@ def _tools_as_text(messages: list[ChatDict]) -> Arrangement:
             notes["tool message rendered as user text"] = None
         elif "tool_calls" in message:
             told = {key: value for key, value in message.items() if key != "tool_calls"}
-            lines = (message["content"], *map(_call_text, message["tool_calls"]))
-            arranged.append({**told, "content": "\n".join(filter(None, lines))})
+            functions = [_function(call) for call in message["tool_calls"]]
+            calls = GENERIC.calls_text([(function["name"], function.get("arguments")) for function in functions])
+            arranged.append({**told, "content": "\n".join(filter(None, (message["content"], calls)))})
             notes["tool calls rendered as assistant text"] = None
         else:
             arranged.append(message)
     return arranged, tuple(notes)
-
-
-def _call_text(call: Mapping[str, Any]) -> str:
-    function = _function(call)
-    return json.dumps({"name": function["name"], "arguments": function.get("arguments")}, ensure_ascii=False)
 
 
 def _paragraphs(*texts: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from avp_agents.engine.prompt_encoder import PromptEncoder
+from avp_agents.engine.tool_format import ToolFormat, Trial
 from avp_agents.engine.turn_messages import ChatDict, arrangements
 from avp_agents.errors import PromptError
 
@@ -32,7 +33,7 @@ class Rendering:
     notes: tuple[str, ...]
 
 
-class _RefusedError(Exception):
+class _RefusedError(ValueError):
     """The template raised, dropped a message, or did not open an assistant turn."""
 
 
@@ -41,12 +42,20 @@ class TurnRenderer:
 
     Attributes:
         end_of_turn: The id with which the template ends an assistant's turn, if it has one.
+        shown_tools: What shows the model its tools behind a context that did not; nothing where there are none.
+        keeps_opening: An earlier answer stands behind the same tokens that opened its turn. Not so where the template
+            opens a turn with reasoning (or an empty piece of it) that it leaves out later.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, encoder: PromptEncoder, template_options: Mapping[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: PromptEncoder,
+        template_options: Mapping[str, Any],
+        tools_text: str = "",
     ) -> None:
         self._tokenizer, self._encoder = tokenizer, encoder
+        self.shown_tools: list[ChatDict] = [{"role": "system", "content": tools_text}] if tools_text else []
         self._options = {name: encoder.mark(value) for name, value in template_options.items()}
         self._nonce = f"{secrets.randbelow(10**18):018d}"
         self._cut_word = self._word("cut")
@@ -60,6 +69,8 @@ class TurnRenderer:
             if self.end_of_turn is not None
             else None
         )
+        self.keeps_opening = self._opens_alike()
+        self._drops_calls = self._ignores_calls()
 
     def whole(self, messages: Sequence[ChatDict]) -> Rendering:
         """A whole prompt: the messages and the generation prompt.
@@ -67,7 +78,19 @@ class TurnRenderer:
         Raises:
             PromptError: The template refuses the messages in every arrangement.
         """
+        if self.shown_tools and "tools" not in self._options:
+            messages = _behind_tools(self.shown_tools, messages)
         return self._render(messages, [])
+
+    def tool_format(self) -> ToolFormat | None:
+        """The template's own format of tool calls; None where it has none."""
+        options = dict(self._options)
+
+        def apply(conversation: list[ChatDict]) -> str:
+            return self._apply(conversation, open_turn=False, options={**options, "tools": [trial.tool()]})
+
+        trial = Trial(apply, self._encoder, lambda id_: id_ == self.end_of_turn, self._word)
+        return trial.read()
 
     def appended(self, messages: Sequence[ChatDict], *, turn_ended: bool) -> Rendering:
         """What follows an open assistant turn: its end, the messages, and the generation prompt.
@@ -85,9 +108,24 @@ class TurnRenderer:
             return Rendering(rendering.token_ids[start:], rendering.notes)
         return rendering
 
+    def around_user_content(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids between an answer and the content of the user's turn behind it, and those from there to the next
+        answer.
+
+        Raises:
+            PromptError: The template does not render such a conversation.
+        """
+        word = self._word("content")
+        try:
+            text = self._behind_cut(self._apply([*self._sentinels, {"role": "user", "content": word}]))
+        except _RefusedError as error:
+            raise PromptError(f"The tokenizer's chat template cannot render a conversation: {error}") from error
+        before, _, after = text.partition(word)
+        return self._encoder.encode(before, continued=True), self._encoder.encode(after, continued=True)
+
     def _render(self, messages: Sequence[ChatDict], opening: list[ChatDict]) -> Rendering:
         refusal: _RefusedError | None = None
-        for arranged, notes in arrangements(messages):
+        for arranged, notes in arrangements(messages, drops_calls=self._drops_calls):
             try:
                 text = self._text(arranged, opening)
             except _RefusedError as error:
@@ -115,10 +153,13 @@ class TurnRenderer:
                 what = "tool calls" if "tool_calls" in message else f"{message['role']} message"
                 raise _RefusedError(f"it drops or moves the {what}")
 
-    def _apply(self, conversation: list[ChatDict], *, open_turn: bool = True) -> str:
+    def _apply(
+        self, conversation: list[ChatDict], *, open_turn: bool = True, options: Mapping[str, Any] | None = None
+    ) -> str:
+        options = self._options if options is None else options
         try:
             text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=open_turn, **self._options
+                conversation, tokenize=False, add_generation_prompt=open_turn, **options
             )
         except Exception as error:  # a template is foreign code; whatever it raises is its refusal
             raise _RefusedError(str(error) or type(error).__name__) from error
@@ -139,8 +180,34 @@ class TurnRenderer:
         closing = rest.partition(following[0]["content"])[0] if following else rest
         return next((id_ for id_ in self._encoder.encode(closing) if id_ in self._encoder.control_ids), None)
 
+    def _opens_alike(self) -> bool:
+        """Whether an answer with a message behind it begins with what opened its turn."""
+        following = {"role": "user", "content": self._word("after")}
+        try:
+            return self._apply([*self._sentinels, following]).startswith(self._apply(self._sentinels[:1]))
+        except _RefusedError:  # the template takes no such conversation; `whole` says so when it is asked for one
+            return True
+
+    def _ignores_calls(self) -> bool:
+        """Whether the template renders a message with a tool call, but not the call."""
+        word = self._word("call")
+        call = {"type": "function", "id": "call00000", "function": {"name": word, "arguments": {"argument": word}}}
+        try:
+            text = self._apply([self._sentinels[0], {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except _RefusedError:  # it may take such calls as there are; `whole` and `appended` see
+            return False
+        return word not in text
+
     def _word(self, name: str) -> str:
         return f"w{self._nonce}{name}w"
+
+
+def _behind_tools(shown_tools: list[ChatDict], messages: Sequence[ChatDict]) -> list[ChatDict]:
+    """A whole prompt whose template cannot show tools: they stand in the system message."""
+    if not messages or messages[0]["role"] != "system":
+        return [*shown_tools, *messages]
+    first = {**messages[0], "content": f"{messages[0]['content']}\n\n{shown_tools[0]['content']}"}
+    return [first, *messages[1:]]
 
 
 def _with_word(message: ChatDict, word: str) -> ChatDict:

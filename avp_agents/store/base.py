@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from avp_agents.context import Context
 from avp_agents.handle import ContextHandle
 from avp_agents.store.namespace import Namespace
+from avp_agents.tracing import traced
 
 AnyHandle = ContextHandle | Mapping[str, Any] | str
 """A handle as the code has it, as graph state has it, or its bare id."""
@@ -65,7 +66,7 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` removed."""
+    """What `prune` or `discard` removed."""
 
     contexts: int = 0
     segments: int = 0
@@ -95,6 +96,12 @@ class ContextStore(ABC):
         self.namespace = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
         self.byte_budget = byte_budget
         self.ttl = ttl
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Whoever wrote a store, its `put` and `get` are traced."""
+        super().__init_subclass__(**options)
+        for verb in cls.__dict__.keys() & {"put", "get"}:
+            setattr(cls, verb, traced(f"avp.store.{verb}", _traits)(cls.__dict__[verb]))
 
     def id_of(self, context: Context, *, scope: str = "") -> str:
         """The handle id this store gives to `context` in `scope`, stored or not."""
@@ -163,6 +170,19 @@ class ContextStore(ABC):
     @abstractmethod
     def delete(self, handle: AnyHandle) -> bool:
         """Remove a handle, and every segment that nothing else uses. False if it was not there."""
+
+    @abstractmethod
+    def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
+        """Remove those of many handles that are there, not pinned, and not in use; cheaper than deleting each.
+
+        Args:
+            handles: Which ones. What a garbage collector found that nobody refers to.
+            idle: Spare those that were put or used within so many seconds.
+            dry_run: Remove nothing; report what would be.
+
+        Raises:
+            InvalidHandleError: One is malformed; nothing was removed.
+        """
 
     @abstractmethod
     def add_kv(self, context: Context) -> bool:
@@ -239,6 +259,10 @@ class ContextStore(ABC):
         """Asynchronous `delete`."""
         return await asyncio.to_thread(self.delete, handle)
 
+    async def adiscard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
+        """Asynchronous `discard`."""
+        return await asyncio.to_thread(self.discard, handles, idle=idle, dry_run=dry_run)
+
     async def aadd_kv(self, context: Context) -> bool:
         """Asynchronous `add_kv`."""
         return await asyncio.to_thread(self.add_kv, context)
@@ -266,3 +290,9 @@ class ContextStore(ABC):
     async def astats(self) -> StoreStats:
         """Asynchronous `stats`."""
         return await asyncio.to_thread(self.stats)
+
+
+def _traits(result: Context | ContextHandle) -> dict[str, Any]:
+    """What a span says of what was put or got."""
+    handle = result if isinstance(result, ContextHandle) else result.to_handle()
+    return {"avp.context.id": handle.id, "avp.context.positions": handle.tokens, "avp.context.bytes": handle.bytes}

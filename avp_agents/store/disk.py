@@ -6,7 +6,7 @@ import builtins
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from avp_agents.errors import ConfigurationError, ContextLostError, KvMemoryErro
 from avp_agents.handle import ContextHandle
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.census import Removals
 from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
 from avp_agents.store.disk_budget import DiskBudget
 from avp_agents.store.durable import make_private_folder
@@ -139,6 +140,21 @@ class DiskStore(ContextStore):
         return True
 
     @_disk_errors()
+    def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
+        """See `ContextStore.discard`."""
+        wanted = [id_of_handle(handle) for handle in handles]
+        with self._folder.lock():
+            census = self._folder.census()
+            latest = time.time() - idle
+            for handle_id in wanted:
+                stored = census.handles.get(handle_id)
+                if stored is not None and not stored.pinned and stored.last_use <= latest:
+                    census.release(handle_id)
+            if not dry_run:
+                self._folder.remove(census.removals)
+        return _report(census.removals)
+
+    @_disk_errors()
     def delete_namespace(self) -> None:
         """Remove everything of this namespace, and nothing else."""
         with self._folder.kv_lock(), self._folder.lock():
@@ -205,13 +221,7 @@ class DiskStore(ContextStore):
             census.release_orphans()
             self._budget.keep(census)
             self._budget.apply(census)
-        removals = census.removals
-        return PruneReport(
-            contexts=len(removals.handles),
-            segments=len(removals.segments),
-            kv_bytes=removals.kv_bytes,
-            lineage_bytes=removals.lineage_bytes,
-        )
+        return _report(census.removals)
 
     @_disk_errors()
     def stats(self) -> StoreStats:
@@ -341,3 +351,12 @@ class DiskStore(ContextStore):
         with self._counts_lock:
             self._hits += hit
             self._misses += not hit
+
+
+def _report(removals: Removals) -> PruneReport:
+    return PruneReport(
+        contexts=len(removals.handles),
+        segments=len(removals.segments),
+        kv_bytes=removals.kv_bytes,
+        lineage_bytes=removals.lineage_bytes,
+    )

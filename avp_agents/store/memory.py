@@ -5,7 +5,8 @@ from __future__ import annotations
 import builtins
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -14,7 +15,7 @@ from avp_agents.errors import ContextLostError, StoreFullError
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.values import same_values
+from avp_agents.store.values import same_values, without_kv
 
 
 @dataclass
@@ -133,6 +134,18 @@ class MemoryStore(ContextStore):
                 self._remove(entry)
             return entry is not None
 
+    def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
+        """See `ContextStore.discard`."""
+        wanted = dict.fromkeys(id_of_handle(handle) for handle in handles)
+        with self._lock:
+            self._recount_all()
+            before, latest = self._sizes(), monotonic() - idle
+            removed_from = self._copy() if dry_run else self
+            for entry in [entry for handle_id in wanted if (entry := self._entries.get(handle_id)) is not None]:
+                if not entry.pinned and entry.last_use <= latest:
+                    removed_from._remove(entry)
+            return _difference(before, removed_from._sizes())
+
     def add_kv(self, context: Context) -> bool:
         """See `ContextStore.add_kv`."""
         handle_id = context.to_handle().id
@@ -190,7 +203,7 @@ class MemoryStore(ContextStore):
             evicted = self._evict()
             after = self._sizes()
         self._spill_all(evicted)
-        return PruneReport(*(was - now for was, now in zip(before, after, strict=True)))
+        return _difference(before, after)
 
     def stats(self) -> StoreStats:
         """See `ContextStore.stats`."""
@@ -233,7 +246,7 @@ class MemoryStore(ContextStore):
         self._check_room(context)
         recipe_id = context.recipe_id
         if recipe_id not in self._held:
-            self._held[recipe_id] = _Held(context if kv or context.kv is None else _without_kv(context))
+            self._held[recipe_id] = _Held(context if kv or context.kv is None else without_kv(context))
             self._count_segments(context, 1)
             self._recount(self._held[recipe_id])
         elif kv:
@@ -253,6 +266,13 @@ class MemoryStore(ContextStore):
             self._kv_bytes -= held.kv_bytes
             self._count_segments(held.context, -1)
 
+    def _copy(self) -> MemoryStore:
+        """A store with the same content and counts, to try on what removing would do."""
+        twin = copy(self)
+        twin._entries, twin._segment_users = dict(self._entries), Counter(self._segment_users)
+        twin._held = {recipe_id: replace(held) for recipe_id, held in self._held.items()}
+        return twin
+
     def _complete(self, held: _Held, context: Context) -> None:
         """Take over what the held context lacks, if the other one holds the same values."""
         if held.context is not context and same_values(held.context, context):
@@ -270,13 +290,13 @@ class MemoryStore(ContextStore):
         context = self._held[entry.recipe_id].context
         if context.handle is not None and context.handle.id == entry.handle.id:
             return context
-        twin = _without_kv(context)
+        twin = without_kv(context)
         twin.attach(kv=context.kv, handle=entry.handle)
         return twin
 
     def _let_go_of_kv(self, held: _Held) -> None:
         """Hold the context without its KV-cache. Who else holds the object keeps it as it is."""
-        held.context = _without_kv(held.context)
+        held.context = without_kv(held.context)
         self._recount(held)
 
     def _check_room(self, context: Context) -> None:
@@ -374,8 +394,5 @@ class MemoryStore(ContextStore):
             self._lineage_bytes += step * context.readout.nbytes
 
 
-def _without_kv(context: Context) -> Context:
-    """The same value without a KV-cache, under the same handle."""
-    twin = Context(context.fingerprint, context.dtype, context.lineage, context.readout)
-    twin.attach(handle=context.handle)
-    return twin
+def _difference(before: tuple[int, int, int, int], after: tuple[int, int, int, int]) -> PruneReport:
+    return PruneReport(*(was - now for was, now in zip(before, after, strict=True)))

@@ -2,12 +2,13 @@
 
     magic "AVPS1\\n"   6 bytes
     header length     uint32
-    header            msgpack map: version, fingerprint, dtype, kind, positions, parent, recipe, hidden, readout
-    payload           int32 token ids, or embeddings [positions, hidden]
+    header            msgpack map: version, fingerprint, dtype, parent, form, readout
+    payload           int32 token ids, or embeddings [positions, hidden]; of a splice those of its parts, in order
     readout           where a stored context ends here: hidden state, int32 token ids, float32 probabilities
     MAC               32 bytes, keyed BLAKE2b over the segment's id and all before
 
-Everything is little-endian; bfloat16 and float16 are kept bit for bit.
+The form is a map: kind ("tokens", "latent", "spliced") and positions; of latent steps also recipe, hidden and origin;
+of a splice also prefix and the parts' forms. Everything is little-endian; bfloat16 and float16 are kept bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgpack
 import numpy as np
 
-from avp_agents.context import LatentRecipe, LatentSegment, Readout, Segment, TokenSegment
+from avp_agents.context import LatentRecipe, LatentSegment, Readout, Segment, SplicedSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, IntegrityError
 from avp_agents.store.namespace import MAC_BYTES, Namespace
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 MAGIC = b"AVPS1\n"
-VERSION = 1
+VERSION = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PREFIX = struct.Struct("<6sI")
 
@@ -39,7 +40,7 @@ class SegmentRecord:
     """One segment as it lies in a store.
 
     Attributes:
-        segment: Token ids or latent embeddings.
+        segment: Token ids, latent embeddings, or a splice of both.
         fingerprint, dtype: The model's.
         parent: Id of the segment before it, None for the first.
         readout: That of the context that ends here, if one was stored.
@@ -58,22 +59,17 @@ def encode_segment(record: SegmentRecord, segment_id: str, namespace: Namespace)
     Raises:
         ConfigurationError: Ids are not int32 >= 0, or a tensor has the wrong shape or dtype or is not finite.
     """
-    segment = record.segment
-    recipe = astuple(segment.recipe) if isinstance(segment, LatentSegment) else None
     readout = record.readout
     header = {
         "version": VERSION,
         "fingerprint": record.fingerprint,
         "dtype": record.dtype,
-        "kind": "tokens" if isinstance(segment, TokenSegment) else "latent",
-        "positions": len(segment),
         "parent": record.parent,
-        "recipe": recipe,
-        "hidden": int(segment.embeddings.shape[-1]) if isinstance(segment, LatentSegment) else None,
+        "form": _form(record.segment),
         "readout": [readout.hidden.numel(), readout.token_ids.numel()] if readout is not None else None,
     }
     packed = cast(bytes, msgpack.packb(header))
-    body = payload_bytes(segment, record.dtype)
+    body = payload_bytes(record.segment, record.dtype)
     if readout is not None:
         body += _readout_bytes(readout, record.dtype)
     content = _PREFIX.pack(MAGIC, len(packed)) + packed + body
@@ -107,12 +103,25 @@ def payload_bytes(segment: Segment, dtype: str) -> bytes:
     Raises:
         ConfigurationError: They are out of range, not finite, or of another shape or dtype.
     """
+    if isinstance(segment, SplicedSegment):
+        return b"".join(payload_bytes(part, dtype) for part in segment.segments)
     if isinstance(segment, LatentSegment):
         _require(segment.embeddings.dim() == 2, "Latent embeddings must have the shape [steps, hidden].")
         return _float_bytes(segment.embeddings, dtype, "Latent embeddings")
     ids = np.asarray(segment.token_ids, dtype=np.int64)
     _require(ids.size == 0 or (ids.min() >= 0 and ids.max() < 2**31), "Token ids must lie in 0 .. 2**31 - 1.")
     return ids.astype("<i4").tobytes()
+
+
+def _form(segment: Segment) -> dict[str, Any]:
+    """What a segment is, all but its values."""
+    form: dict[str, Any] = {"positions": len(segment)}
+    if isinstance(segment, TokenSegment):
+        return form | {"kind": "tokens"}
+    if isinstance(segment, LatentSegment):
+        hidden, recipe = int(segment.embeddings.shape[-1]), astuple(segment.recipe)
+        return form | {"kind": "latent", "recipe": recipe, "hidden": hidden, "origin": segment.origin}
+    return form | {"kind": "spliced", "prefix": segment.prefix, "parts": [_form(part) for part in segment.segments]}
 
 
 def _readout_bytes(readout: Readout, dtype: str) -> bytes:
@@ -149,13 +158,8 @@ def _mac(content: bytes, segment_id: str, namespace: Namespace) -> bytes:
 def _parse(header: dict[str, Any], body: bytes) -> SegmentRecord:
     """Header and body, authentic by now, as a record; sizes and values are checked all the same."""
     cursor = _Cursor(body)
-    dtype, positions = header["dtype"], header["positions"]
-    segment: Segment
-    if header["kind"] == "tokens":
-        segment = TokenSegment(tuple(cursor.token_ids(positions).tolist()))
-    else:
-        embeddings = cursor.floats((positions, header["hidden"]), dtype)
-        segment = LatentSegment(embeddings, LatentRecipe(*header["recipe"]))
+    dtype = header["dtype"]
+    segment = _parse_segment(header["form"], cursor, dtype)
     readout = None
     if header["readout"] is not None:
         hidden, k = header["readout"]
@@ -166,6 +170,17 @@ def _parse(header: dict[str, Any], body: bytes) -> SegmentRecord:
         )
     cursor.finish()
     return SegmentRecord(segment, header["fingerprint"], dtype, header["parent"], readout)
+
+
+def _parse_segment(form: dict[str, Any], cursor: _Cursor, dtype: str) -> Segment:
+    positions = form["positions"]
+    if form["kind"] == "tokens":
+        return TokenSegment(tuple(cursor.token_ids(positions).tolist()))
+    if form["kind"] == "latent":
+        embeddings = cursor.floats((positions, form["hidden"]), dtype)
+        return LatentSegment(embeddings, LatentRecipe(*form["recipe"]), form["origin"])
+    parts = tuple(_parse_segment(part, cursor, dtype) for part in form["parts"])
+    return SplicedSegment(parts, form["prefix"])
 
 
 class _Cursor:

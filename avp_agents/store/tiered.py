@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import logging
 import threading
+from collections.abc import Iterable
 
 from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreError, StoreFullError
@@ -109,6 +110,12 @@ class TieredStore(ContextStore):
         self.upper.delete(handle)
         return found
 
+    def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
+        """See `ContextStore.discard`. Reports what left the lower tier."""
+        report = self.lower.discard(handles, idle=idle, dry_run=dry_run)
+        self._forget_above()
+        return report
+
     def add_kv(self, context: Context) -> bool:
         """See `ContextStore.add_kv`. It goes to the upper tier where that has the context, else to the lower."""
         if not self.lower.contains(context.to_handle()):
@@ -138,10 +145,7 @@ class TieredStore(ContextStore):
         """See `ContextStore.prune`. Reports what left the lower tier."""
         self.upper.prune()
         report = self.lower.prune()
-        alive = {handle.id for handle in self.lower.list()}
-        for handle in self.upper.list():
-            if handle.id not in alive:
-                self.upper.delete(handle)
+        self._forget_above()
         return report
 
     def stats(self) -> StoreStats:
@@ -197,6 +201,13 @@ class TieredStore(ContextStore):
         except StoreFullError:
             if kv:
                 self.lower.add_kv(context)
+
+    def _forget_above(self) -> None:
+        """Drop from the upper tier what the lower one no longer has."""
+        alive = {handle.id for handle in self.lower.list()}
+        for handle in self.upper.list():
+            if handle.id not in alive:
+                self.upper.delete(handle)
 
     def _spill(self, context: Context) -> None:
         """Keep in the lower tier what the upper evicted."""

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from avp_agents.context import Context
-from avp_agents.errors import ContextLostError, StoreFullError
+from avp_agents.errors import ContextLostError, InvalidHandleError, StoreFullError
 from avp_agents.store import ContextStore, Namespace
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage, make_context
 from avp_agents.testing.store_suite import OTHER_NAME, SAME_NAME_OTHER_KEY, SHORT_TTL, TENANT, StoreSuite
@@ -160,6 +160,36 @@ class StoreLifetimes(StoreSuite):
         again = store.prune()
         assert (again.contexts, again.segments) == (0, 0), "a second prune must find nothing"
 
+    def test_discard_removes_what_is_neither_pinned_nor_in_use(self, store: ContextStore) -> None:
+        parent = make_context()
+        idle, pinned, kept, used = (
+            store.put(c)
+            for c in (make_context(parent=parent, seed=1), make_context(seed=2), parent, make_context(seed=3))
+        )
+        store.pin(pinned)
+        time.sleep(0.1)
+        store.touch(used)
+
+        report = store.discard([idle, pinned, used, idle.id, "avp:1:" + "0" * 32], idle=0.1)
+
+        assert [h.id for h in store.list()] == [pinned.id, kept.id, used.id], "only what is idle and unpinned must go"
+        assert (report.contexts, report.segments) == (1, 2), "segments that others use must stay"
+        assert report.lineage_bytes > 0, "discard must count bytes"
+        assert_same_lineage(store.get(kept), parent)
+        with pytest.raises(InvalidHandleError):
+            store.discard([kept, "nonsense"])
+        assert store.contains(kept), "with a malformed handle nothing must be removed"
+
+    def test_a_dry_discard_removes_nothing(self, store: ContextStore) -> None:
+        handles = [store.put(make_context(seed=seed)) for seed in range(2)]
+        before = store.stats()
+
+        report = store.discard(handles, dry_run=True)
+
+        assert store.stats() == before, "a dry run must remove nothing"
+        assert store.discard(handles) == report, "a dry run must report what would be removed"
+        assert store.stats().contexts == 0, "discard must remove what nobody uses"
+
     # counting, concurrency, asynchrony
 
     def test_stats_count(self, store: ContextStore) -> None:
@@ -225,6 +255,7 @@ class StoreLifetimes(StoreSuite):
             assert [h.id for h in await store.alist(scope="s")] == [handle.id], "alist must list"
             assert await store.adrop_kv(handle) > 0, "adrop_kv must drop"
             assert (await store.aprune()).contexts == 0, "aprune must spare what has not expired"
+            assert (await store.adiscard([handle], dry_run=True)).contexts == 1, "adiscard must report"
             assert await store.adelete(handle), "adelete must delete"
             with pytest.raises(ContextLostError):
                 await store.aget(handle)

@@ -22,15 +22,21 @@ if find_spec("langchain_core") is None:
 if TYPE_CHECKING:
     from avp_langgraph.chat_model import AvpChatModel
     from avp_langgraph.engines import close_engines, shared_engine
-    from avp_langgraph.exchange import AvpContextOverflowError
+    from avp_langgraph.errors import AvpContextOverflowError
+    from avp_langgraph.join import JoinNode
+    from avp_langgraph.lifetimes import ContextLifetimes
+    from avp_langgraph.middleware import AvpMiddleware
     from avp_langgraph.nodes import GenerateNode, ThinkNode
     from avp_langgraph.state import ContextState, merge_contexts
 
 _HOME = {
     "AvpChatModel": "chat_model",
-    "AvpContextOverflowError": "exchange",
+    "AvpContextOverflowError": "errors",
+    "AvpMiddleware": "middleware",
+    "ContextLifetimes": "lifetimes",
     "ContextState": "state",
     "GenerateNode": "nodes",
+    "JoinNode": "join",
     "ThinkNode": "nodes",
     "close_engines": "engines",
     "merge_contexts": "state",
@@ -38,8 +44,8 @@ _HOME = {
 }
 
 __all__ = [
-    "AvpChatModel", "AvpContextOverflowError", "ContextState", "GenerateNode", "ThinkNode", "close_engines",
-    "merge_contexts", "shared_engine",
+    "AvpChatModel", "AvpContextOverflowError", "AvpMiddleware", "ContextLifetimes", "ContextState", "GenerateNode",
+    "JoinNode", "ThinkNode", "close_engines", "merge_contexts", "shared_engine",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +28,8 @@ from avp_agents.usage import Handoff, HandoffMode, Usage
 from avp_langgraph.handoffs import Prepared
 from avp_langgraph.messages import DIGEST_KEY, HANDLE_KEY, METADATA_KEY, THINK_KEY, content_digest
 from avp_langgraph.scope import Scope
+from avp_langgraph.sources import source_note
+from avp_langgraph.tool_calling import AnswerReader
 
 PROVIDER = "avp"
 
@@ -51,24 +54,25 @@ def thought_chunk(
     assert isinstance(steps, LatentSegment), "what was thought ends in latent steps"
     usage, handoff = thought.usage or Usage(), thought.handoff or Handoff()
     made = _made(line, handoff, usage, prepared, inherited=thought.latent_steps - len(steps))
+    source = source_note(prepared.prompt, steps.recipe) if prepared.context is None else ""
+    handle = handle.labelled(agent=scope.agent, text=line, source=source)
     return AIMessageChunk(
         content=line,
         usage_metadata=_usage(usage, prepared),
-        response_metadata=_metadata(model, "stop", handle.labelled(agent=scope.agent, text=line))
-        | {METADATA_KEY: made | {THINK_KEY: asdict(steps.recipe)}},
+        response_metadata=_metadata(model, "stop", handle) | {METADATA_KEY: made | {THINK_KEY: asdict(steps.recipe)}},
         chunk_position="last",
     )
 
 
 def answer_chunk(
-    generation: Generation, handle: ContextHandle, prepared: Prepared, scope: Scope, *, model: str
+    generation: Generation, handle: ContextHandle, prepared: Prepared, scope: Scope, reader: AnswerReader, *, model: str
 ) -> AIMessageChunk:
     """The chunk that ends an answer: no text, all the rest."""
     handle = handle.labelled(agent=scope.agent, text=answer_line(generation))
-    inherited = generation.context.latent_steps
-    metadata = _metadata(model, generation.finish_reason, handle) | {
-        METADATA_KEY: _made(generation.text, generation.handoff, generation.usage, prepared, inherited=inherited)
-    }
+    inherited, calls = generation.context.latent_steps, reader.calls
+    made = _made(reader.text, generation.handoff, generation.usage, prepared, calls=calls, inherited=inherited)
+    called = calls and generation.finish_reason == "stop"
+    metadata = _metadata(model, "tool_calls" if called else generation.finish_reason, handle) | {METADATA_KEY: made}
     if generation.logprobs is not None:
         metadata["logprobs"] = {"content": [_logprob(token) for token in generation.logprobs]}
     return AIMessageChunk(
@@ -93,7 +97,15 @@ def _metadata(model: str, finish_reason: str, handle: ContextHandle) -> dict[str
     }
 
 
-def _made(content: str, handoff: Handoff, usage: Usage, prepared: Prepared, *, inherited: int) -> dict[str, Any]:
+def _made(
+    content: str,
+    handoff: Handoff,
+    usage: Usage,
+    prepared: Prepared,
+    *,
+    inherited: int,
+    calls: Sequence[tuple[str, Any]] = (),
+) -> dict[str, Any]:
     mode, reason = _rung(handoff, prepared)
     return handoff.to_metadata() | {
         "mode": mode,
@@ -101,7 +113,7 @@ def _made(content: str, handoff: Handoff, usage: Usage, prepared: Prepared, *, i
         "latent_steps": usage.latent_steps + prepared.latent_steps,
         "tokens_decoded": usage.completion_tokens,
         "tokens_not_decoded": inherited,
-        DIGEST_KEY: content_digest(content),
+        DIGEST_KEY: content_digest(content, calls),
     }
 
 
@@ -117,15 +129,15 @@ def _rung(handoff: Handoff, prepared: Prepared) -> tuple[HandoffMode, str]:
 
 
 def _usage(usage: Usage, prepared: Prepared) -> UsageMetadata:
-    """LangChain's counts. As everywhere in LangChain, the output includes the reasoning, here the latent steps."""
-    reasoning = usage.latent_steps + prepared.latent_steps
-    output = usage.completion_tokens + reasoning
+    """LangChain's counts. As everywhere in LangChain, the output includes the reasoning: latent steps, and thoughts."""
+    latent_steps = usage.latent_steps + prepared.latent_steps
+    output = usage.completion_tokens + latent_steps
     return {
         "input_tokens": usage.prompt_tokens,
         "output_tokens": output,
         "total_tokens": usage.prompt_tokens + output,
         "input_token_details": {"cache_read": usage.positions_reused},
-        "output_token_details": {"reasoning": reasoning},
+        "output_token_details": {"reasoning": latent_steps + usage.reasoning_tokens},
     }
 
 

@@ -10,6 +10,7 @@ from avp_agents.context import LatentMethod
 from avp_agents.engine.base import GenerateOptions, ThinkOptions
 from avp_agents.errors import ConfigurationError
 from avp_langgraph.handoffs import OnMissing
+from avp_langgraph.tool_calling import Constraints
 
 Mode = Literal["text", "latent"]
 
@@ -28,6 +29,7 @@ class Call:
         temperature, ..., timeout: The engine's options of the same names.
         on_missing: What to do about a context that is lost.
         avp_context: The handle of a context to answer on.
+        tools, tool_choice, parallel_tool_calls, response_format: See `Constraints`.
     """
 
     model: str | None
@@ -44,9 +46,14 @@ class Call:
     seed: int | None
     logprobs: int | None
     stop: Sequence[str] | None
+    chat_template_kwargs: Mapping[str, Any] | None
     timeout: float | None
     on_missing: OnMissing
     avp_context: object = field(default=None)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    response_format: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -70,14 +77,28 @@ class Call:
             given["stop"] = stop
         return replace(self, **given)
 
+    @property
+    def constraints(self) -> Constraints:
+        """What the answer may be.
+
+        Raises:
+            ConfigurationError: The tools, the choice or the format are malformed.
+        """
+        return Constraints(self.tools, self.tool_choice, self.parallel_tool_calls, self.response_format)
+
     def generate_options(self, source: str) -> GenerateOptions:
-        """For `Engine.generate` and `Engine.stream`."""
-        options: dict[str, Any] = {
-            name: value for name in GenerateOptions.__annotations__ if (value := getattr(self, name, None)) is not None
-        }
+        """For `Engine.generate` and `Engine.stream`; without what `constraints` adds."""
+        names = GenerateOptions.__annotations__.keys() - {"tools"}
+        options: dict[str, Any] = {name: value for name in names if (value := getattr(self, name, None)) is not None}
         return GenerateOptions(**options, source=source)
 
     def think_options(self, source: str) -> ThinkOptions:
         """For `Engine.think`."""
-        options = {"method": self.latent_method, "k": self.latent_k, "timeout": self.timeout}
+        options = {
+            "method": self.latent_method,
+            "k": self.latent_k,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "tools": self.constraints.definitions or None,
+            "timeout": self.timeout,
+        }
         return ThinkOptions(**{name: value for name, value in options.items() if value is not None}, source=source)

@@ -11,32 +11,38 @@ from __future__ import annotations
 
 import asyncio
 import os
-import warnings
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel, generate_from_stream
-from langchain_core.messages import BaseMessage
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
-from pydantic import AliasChoices, ConfigDict, Field, SkipValidation, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
 from avp_agents.context import LatentMethod
-from avp_agents.engine.base import Engine, Message
+from avp_agents.engine.base import Engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_langgraph.answers import PROVIDER, shown_name
 from avp_langgraph.calls import Call, Mode
 from avp_langgraph.engines import shared_engine
+from avp_langgraph.errors import known_to_langchain
 from avp_langgraph.exchange import achunks, chunks
 from avp_langgraph.handoffs import OnMissing
 from avp_langgraph.messages import read_messages
+from avp_langgraph.profile import declared_window, model_profile
 from avp_langgraph.scope import ScopePolicy, current_scope
+from avp_langgraph.structured_output import Method, Schema, structured
+from avp_langgraph.tool_calling import Constraints, Tool, tool_definitions
 
 # What people leave in when they swap a hosted model for this one; it has no meaning here.
 _HOSTED_ONLY = frozenset({"api_key", "base_url", "max_retries"})
@@ -57,9 +63,14 @@ class AvpChatModel(BaseChatModel):
         >>> solver.invoke([question, researcher.invoke([question])]).response_metadata["avp"]["mode"]
         'kv'
 
+    What a reasoning model writes between ``<think>`` and ``</think>`` is in ``additional_kwargs["reasoning_content"]``
+    (and so a reasoning block of ``message.content_blocks``), not in the text, and is left to the chat template where
+    earlier turns are rendered.
+
     Raises:
         ConfigurationError: An option is unknown or contradicts another.
-        AvpContextOverflowError: A prompt does not fit the window. It is LangChain's `ContextOverflowError`, too.
+        AvpContextOverflowError: A prompt does not fit the window. It is LangChain's `ContextOverflowError`, too; so are
+            the other classes of `avp_langgraph.errors` what LangChain calls them.
         AvpError: Whatever else the engine or its store raises.
     """
 
@@ -108,6 +119,9 @@ class AvpChatModel(BaseChatModel):
     stop: list[str] | None = Field(default=None, validation_alias=AliasChoices("stop", "stop_sequences"))
     """Strings that end the answer and are cut from it; ``stop_sequences`` is another name for it."""
 
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Options of the model's chat template, such as ``{"enable_thinking": False}``."""
+
     timeout: float | None = None
     """Seconds until `RequestTimeoutError`, waiting in the queue included."""
 
@@ -115,8 +129,9 @@ class AvpChatModel(BaseChatModel):
     """When a context is lost and neither its messages nor its text make up for it: ``"text"`` answers without it, with
     a warning; ``"error"`` raises `ContextLostError`."""
 
-    namespace: str | None = None
-    """The tenant. Namespaces share no context, no KV-cache and no cached answer. None is the default one."""
+    namespace: str | Callable[[RunnableConfig], str] | None = None
+    """The tenant, or a function that names the tenant of a run by its config, so that one graph serves many.
+    Namespaces share no context, no KV-cache and no cached answer. None is the default one."""
 
     scope: ScopePolicy = "thread"
     """Where a handle is honoured: in the ``"thread"`` it was minted in, for its ``"user"``, or everywhere in the
@@ -154,6 +169,11 @@ class AvpChatModel(BaseChatModel):
                 "engine_options are for an engine that is still to be made; leave out one of both."
             )
         engines_own = {"model_name": self.engine.model_path, "namespace": self.engine.store.namespace.name}
+        if callable(self.namespace):
+            raise ConfigurationError(
+                f"namespace is a function, but the engine's namespace is {self.engine.store.namespace.name!r}. Leave "
+                "the engine out: chat models of one model and options share its weights, whatever their namespaces."
+            )
         for name, value in engines_own.items():
             if getattr(self, name) not in (None, value):
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}, but the engine's is {value!r}.")
@@ -179,14 +199,25 @@ class AvpChatModel(BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         own = [name for name in AvpChatModel.model_fields if name not in BaseChatModel.model_fields]
-        return {name: getattr(self, name) for name in own if name not in ("engine", "streaming")}
+        params = {name: getattr(self, name) for name in own if name not in ("engine", "streaming")}
+        return params | {"namespace": getattr(self.namespace, "__qualname__", self.namespace)}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """The cache's key: of a namespace that depends on the run, what it is in this run."""
+        key = super()._get_llm_string(stop=stop, **kwargs)
+        return f"{key}---{self._tenant()}" if callable(self.namespace) else key
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        model = self.engine.model_path if self.engine is not None else self.model_name
+        window = declared_window(model, self.engine_options.get("revision"))
+        if window is None and self.engine is not None:
+            window = self.engine.context_window
+        return model_profile(self._shown_name(model), window)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
         params["ls_provider"] = PROVIDER
-        params["ls_model_name"] = shown_name(
-            kwargs.get("model") or self.model_name or os.environ.get(ENVIRONMENT_VARIABLE) or NAME
-        )
+        params["ls_model_name"] = self._shown_name(kwargs.get("model"))
         return params
 
     def _generate(
@@ -216,13 +247,14 @@ class AvpChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Generator[ChatGenerationChunk]:
         call = self._call().overridden(stop, kwargs)
-        engine = self._engine_for(call.model)
-        with closing(chunks(engine, messages, call, current_scope(self.scope))) as pieces:
-            for piece in pieces:
-                chunk = ChatGenerationChunk(message=piece)
-                if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with known_to_langchain():
+            engine = self._engine_for(call.model)
+            with closing(chunks(engine, messages, call, current_scope(self.scope))) as pieces:
+                for piece in pieces:
+                    chunk = ChatGenerationChunk(message=piece)
+                    if run_manager:
+                        run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
     async def _astream(
         self,
@@ -232,30 +264,76 @@ class AvpChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncGenerator[ChatGenerationChunk]:
         call = self._call().overridden(stop, kwargs)
-        engine = await asyncio.to_thread(self._engine_for, call.model)
-        async with aclosing(achunks(engine, messages, call, current_scope(self.scope))) as pieces:
-            async for piece in pieces:
-                chunk = ChatGenerationChunk(message=piece)
-                if run_manager:
-                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        with known_to_langchain():
+            engine = await asyncio.to_thread(self._engine_for, call.model)
+            async with aclosing(achunks(engine, messages, call, current_scope(self.scope))) as pieces:
+                async for piece in pieces:
+                    chunk = ChatGenerationChunk(message=piece)
+                    if run_manager:
+                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                    yield chunk
 
-    def get_num_tokens(self, text: str) -> int:
-        """Tokens of `text` by the model's own tokenizer."""
-        if self.custom_get_token_ids is not None:
-            return super().get_num_tokens(text)
-        count = self._engine_for(self.model_name).count_tokens
-        return count(_said(text)) - count(_said(""))
+    def bind_tools(
+        self,
+        tools: Sequence[Tool],
+        *,
+        tool_choice: str | bool | Mapping[str, Any] | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The model with tools that it is shown and can call; its calls are always valid under the tools' schemas.
 
-    def get_token_ids(self, text: str) -> list[int]:
-        """The ids that `custom_get_token_ids` gives.
+        A thought (``mode="latent"``) is made with the tools in view, and calls none.
+
+        Args:
+            tools: Functions, LangChain tools, pydantic classes, or definitions as OpenAI's API takes them.
+            tool_choice: None or ``"auto"`` leaves it to the model; ``"any"``, ``"required"`` or True makes it call;
+                a tool's name (or ``{"type": "function", "function": {"name": ...}}``) makes it call that one;
+                ``"none"`` keeps it from calling.
+            strict: Refuse schemas with keywords that cannot be enforced, instead of leaving those out.
+            parallel_tool_calls: Whether an answer may hold several calls. By default it may where the model chooses
+                freely, and holds one where a call is forced.
+            **kwargs: What else is bound, as by `bind`.
 
         Raises:
-            ConfigurationError: It was not passed. An engine counts tokens but does not tell their ids.
+            ConfigurationError: A tool or the choice is malformed.
         """
-        if self.custom_get_token_ids is None:
-            raise ConfigurationError("For token ids pass custom_get_token_ids=, such as the tokenizer's encode.")
-        return super().get_token_ids(text)
+        definitions = tool_definitions(tools, strict=strict)
+        Constraints(definitions, tool_choice, parallel_tool_calls, None)
+        choices = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls}
+        return self.bind(tools=definitions, **{k: v for k, v in choices.items() if v is not None}, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: Schema | None = None,
+        *,
+        include_raw: bool = False,
+        method: Method = "json_schema",
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """The model with answers that are values of a schema. They are always valid JSON, also where `max_tokens` ends.
+
+        Args:
+            schema: A pydantic class (whose objects come out), a TypedDict or a JSON schema (dicts come out).
+            include_raw: Return ``{"raw": message, "parsed": ..., "parsing_error": ...}`` and raise nothing.
+            method: ``"json_schema"`` shows the model the schema and keeps its answer to it; ``"json_mode"`` keeps it to
+                the schema (or, without one, to any JSON object), and says nothing; ``"function_calling"`` makes it
+                call a tool of that schema.
+            strict: Refuse schemas with keywords that cannot be enforced, instead of leaving those out.
+            **kwargs: What else is bound, as by `bind`.
+
+        Raises:
+            ConfigurationError: The schema or the method is not one of these.
+        """
+        return structured(self, schema, method, strict=strict, include_raw=include_raw, bound=kwargs)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The ids of `text` by the model's own tokenizer, control tokens in it as plain text."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self._counting_engine().encode(text)
 
     def get_num_tokens_from_messages(
         self,
@@ -264,14 +342,17 @@ class AvpChatModel(BaseChatModel):
     ) -> int:
         """Positions of the messages by the model's own template and tokenizer, latent steps included.
 
-        Tool schemas are not counted. No context is looked up; a message that stands for one counts as its text.
+        Tools count as they are shown to the model. No context is looked up; a message that stands for one counts as
+        its text.
         """
-        if tools is not None:
-            warnings.warn("Token counts of this model do not include tool schemas.", stacklevel=2)
         turns = read_messages(messages)
         steps = sum(turn.recipe.steps for turn in turns if turn.is_thought and turn.recipe)
         rendered = [turn.message for turn in turns if not turn.is_thought]
-        return steps + (self._engine_for(self.model_name).count_tokens(rendered) if rendered else 0)
+        if not rendered:
+            return steps
+        count = self._counting_engine().count_tokens
+        definitions = tool_definitions(tools or [])
+        return steps + count(rendered, chat_template_kwargs=self.chat_template_kwargs, tools=definitions)
 
     def with_options(self, **options: Any) -> Self:
         """The same model with other fields."""
@@ -286,9 +367,26 @@ class AvpChatModel(BaseChatModel):
     def _engine_for(self, model: str | None) -> Engine:
         if self.engine is not None and model == self.model_name:
             return self.engine
-        return shared_engine(model, self.engine_options, namespace=self.namespace)
+        return shared_engine(model, self.engine_options, namespace=self._tenant())
 
+    def _counting_engine(self) -> Engine:
+        """An engine that knows the tokenizer; counting belongs to no tenant, and needs no run."""
+        if callable(self.namespace):
+            return shared_engine(self.model_name, self.engine_options)
+        return self._engine_for(self.model_name)
 
-def _said(text: str) -> list[Message]:
-    """A prompt in which a user says `text`."""
-    return [{"role": "user", "content": text}]
+    def _tenant(self) -> str | None:
+        """The namespace of the run that is going on.
+
+        Raises:
+            ConfigurationError: The function that names it gives no name.
+        """
+        if not callable(self.namespace):
+            return self.namespace
+        name = self.namespace(ensure_config())
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(f"namespace= gave {name!r} for this run; it must name the tenant.")
+        return name
+
+    def _shown_name(self, model: str | None = None) -> str:
+        return shown_name(model or self.model_name or os.environ.get(ENVIRONMENT_VARIABLE) or NAME)

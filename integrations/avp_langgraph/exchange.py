@@ -6,52 +6,47 @@ in the engine.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
 from typing import Any, cast
 
-from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessageChunk, BaseMessage
 
-from avp_agents.engine.base import Chunk, Engine
-from avp_agents.errors import ContextWindowError
+from avp_agents.engine.base import Engine, GenerateOptions, Message
 from avp_langgraph.answers import answer_chunk, answer_line, thought_chunk, thought_line
 from avp_langgraph.calls import Call
+from avp_langgraph.events import stream_handoff
 from avp_langgraph.handoffs import Preparation, arun, prepare, run
-from avp_langgraph.messages import read_messages
+from avp_langgraph.messages import METADATA_KEY, read_messages
 from avp_langgraph.scope import Scope
-
-
-class AvpContextOverflowError(ContextWindowError, ContextOverflowError):
-    """A `ContextWindowError` that LangChain's middleware knows as its `ContextOverflowError`."""
 
 
 def chunks(engine: Engine, messages: Sequence[BaseMessage], call: Call, scope: Scope) -> Generator[AIMessageChunk]:
     """The answer to `messages`, piece by piece; the last piece has usage and metadata.
 
     Raises:
-        AvpContextOverflowError: It does not fit the model's window.
         AvpError: As the engine and its store.
     """
-    with _known_to_langchain():
-        prepared = run(_preparation(engine, messages, call, scope), engine)
-        prompt, context = prepared.prompt, prepared.context
-        if call.mode == "latent":
-            options = call.think_options(scope.minted)
-            thought = engine.think(prompt, steps=call.latent_steps, context=context, **options)
-            handle = engine.store.put(thought, **_label(scope, thought_line(thought, scope)))
-            yield thought_chunk(thought, handle, prepared, scope, model=call.model or engine.model_path)
-            return
-        generation = None
-        stream = engine.stream(prompt, context=context, **call.generate_options(scope.minted))
-        with closing(cast("Generator[Chunk]", stream)) as pieces:
-            for piece in pieces:
-                generation = piece.generation
-                if piece.text:
-                    yield AIMessageChunk(content=piece.text)
-        assert generation is not None, "an engine's stream ends with its generation"
-        handle = engine.store.put(generation.context, **_label(scope, answer_line(generation)))
-        yield answer_chunk(generation, handle, prepared, scope, model=call.model or engine.model_path)
+    prepared = run(_preparation(engine, messages, call, scope), engine)
+    prompt, context = prepared.prompt, prepared.context
+    if call.mode == "latent":
+        options = call.think_options(scope.minted)
+        thought = engine.think(prompt, steps=call.latent_steps, context=context, **options)
+        handle = engine.store.put(thought, **_label(scope, thought_line(thought, scope)))
+        last = thought_chunk(thought, handle, prepared, scope, model=call.model or engine.model_path)
+        yield _announced(last, scope)
+        return
+    generation = None
+    reader = call.constraints.reader(engine)
+    prompt, options = _constrained(prompt, call, engine, scope)
+    with closing(engine.stream(prompt, context=context, **options)) as pieces:
+        for piece in pieces:
+            generation = piece.generation
+            yield from reader.read(piece)
+    assert generation is not None, "an engine's stream ends with its generation"
+    handle = engine.store.put(generation.context, **_label(scope, answer_line(generation)))
+    last = answer_chunk(generation, handle, prepared, scope, reader, model=call.model or engine.model_path)
+    yield _announced(last, scope)
 
 
 async def achunks(
@@ -62,42 +57,56 @@ async def achunks(
     Raises:
         As `chunks`.
     """
-    with _known_to_langchain():
-        prepared = await arun(_preparation(engine, messages, call, scope), engine)
-        prompt, context = prepared.prompt, prepared.context
-        if call.mode == "latent":
-            options = call.think_options(scope.minted)
-            thought = await engine.athink(prompt, steps=call.latent_steps, context=context, **options)
-            handle = await engine.store.aput(thought, **_label(scope, thought_line(thought, scope)))
-            yield thought_chunk(thought, handle, prepared, scope, model=call.model or engine.model_path)
-            return
-        generation = None
-        stream = engine.astream(prompt, context=context, **call.generate_options(scope.minted))
-        async with aclosing(cast("AsyncGenerator[Chunk]", stream)) as pieces:
-            async for piece in pieces:
-                generation = piece.generation
-                if piece.text:
-                    yield AIMessageChunk(content=piece.text)
-        assert generation is not None, "an engine's stream ends with its generation"
-        handle = await engine.store.aput(generation.context, **_label(scope, answer_line(generation)))
-        yield answer_chunk(generation, handle, prepared, scope, model=call.model or engine.model_path)
+    prepared = await arun(_preparation(engine, messages, call, scope), engine)
+    prompt, context = prepared.prompt, prepared.context
+    if call.mode == "latent":
+        options = call.think_options(scope.minted)
+        thought = await engine.athink(prompt, steps=call.latent_steps, context=context, **options)
+        handle = await engine.store.aput(thought, **_label(scope, thought_line(thought, scope)))
+        last = thought_chunk(thought, handle, prepared, scope, model=call.model or engine.model_path)
+        yield _announced(last, scope)
+        return
+    generation = None
+    reader = call.constraints.reader(engine)
+    prompt, options = _constrained(prompt, call, engine, scope)
+    async with aclosing(engine.astream(prompt, context=context, **options)) as pieces:
+        async for piece in pieces:
+            generation = piece.generation
+            for chunk in reader.read(piece):
+                yield chunk
+    assert generation is not None, "an engine's stream ends with its generation"
+    handle = await engine.store.aput(generation.context, **_label(scope, answer_line(generation)))
+    last = answer_chunk(generation, handle, prepared, scope, reader, model=call.model or engine.model_path)
+    yield _announced(last, scope)
+
+
+def _announced(last: AIMessageChunk, scope: Scope) -> AIMessageChunk:
+    """The chunk that ends a message, after the graph's stream was told how its context reached it."""
+    stream_handoff(last.response_metadata[METADATA_KEY], scope.agent)
+    return last
 
 
 def _preparation(engine: Engine, messages: Sequence[BaseMessage], call: Call, scope: Scope) -> Preparation:
     turns = read_messages(messages)
-    return prepare(turns, call.avp_context, store=engine.store, scope=scope, on_missing=call.on_missing)
+    return prepare(
+        turns,
+        call.avp_context,
+        store=engine.store,
+        scope=scope,
+        on_missing=call.on_missing,
+        template=call.chat_template_kwargs,
+    )
+
+
+def _constrained(
+    prompt: list[Message], call: Call, engine: Engine, scope: Scope
+) -> tuple[list[Message], GenerateOptions]:
+    """The prompt with what is said about the answer's form, and the engine's options."""
+    constraints = call.constraints
+    options = cast("GenerateOptions", {**call.generate_options(scope.minted), **constraints.options(engine)})
+    return [*prompt, *constraints.instruction], options
 
 
 def _label(scope: Scope, line: str) -> dict[str, Any]:
     """Where a context is put, and what people read beside its handle."""
     return {"scope": scope.minted, "agent": scope.agent, "text": line}
-
-
-@contextmanager
-def _known_to_langchain() -> Iterator[None]:
-    try:
-        yield
-    except ContextWindowError as error:
-        raise AvpContextOverflowError(
-            window=error.window, context=error.context, prompt=error.prompt, requested=error.requested
-        ) from error

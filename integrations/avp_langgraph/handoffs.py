@@ -4,9 +4,13 @@ A handle is looked up in the engine's store (the engine replays a lost KV-cache 
 it, the ladder goes on:
 
     held       a later message's context holds it: nothing is missing
-    rethink    it stood for latent steps, and the messages before it are there: think again on them
+    rethink    it stood for latent steps, and the messages it was thought on are there: think again on them
     text       it stood for an answer (or was edited), and the message has its text: that is read instead
     lost       neither: the answer is generated without it, with a warning, or `ContextLostError`
+
+The same goes for a handle that was passed explicitly (`avp_context`), as nodes do with those of the `contexts` channel:
+a message that carries it, too, makes up for it, else the messages that it was thought on, if the prompt begins with
+them (`avp_langgraph.sources`).
 
 `prepare` is written once, as a generator that asks for what has to wait for store or engine; `run` and `arun` carry
 that out in threads and on event loops.
@@ -15,7 +19,7 @@ that out in threads and on event loops.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -31,9 +35,11 @@ from avp_agents.errors import (
 )
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import ContextStore
+from avp_agents.tracing import span
 from avp_agents.usage import HandoffMode
 from avp_langgraph.messages import Turn
 from avp_langgraph.scope import Scope
+from avp_langgraph.sources import find_source
 
 logger = logging.getLogger("avp_langgraph")
 
@@ -88,14 +94,15 @@ class Rethink:
 
     prompt: list[Message]
     recipe: LatentRecipe
+    template: Mapping[str, Any] | None
 
     def call(self, engine: Engine) -> Context:
         """Think."""
-        return engine.think(list(self.prompt), **asdict(self.recipe))
+        return engine.think(self.prompt, **asdict(self.recipe), chat_template_kwargs=self.template)
 
     async def acall(self, engine: Engine) -> Context:
         """Think without blocking the event loop."""
-        return await engine.athink(list(self.prompt), **asdict(self.recipe))
+        return await engine.athink(self.prompt, **asdict(self.recipe), chat_template_kwargs=self.template)
 
 
 Preparation = Generator[Resolve | Rethink, Context, Prepared]
@@ -103,36 +110,62 @@ Preparation = Generator[Resolve | Rethink, Context, Prepared]
 
 def run(preparation: Preparation, engine: Engine) -> Prepared:
     """Carry out what `prepare` asks for."""
-    try:
-        ask = next(preparation)
-        while True:
+    ask = _advance(preparation)
+    if isinstance(ask, Prepared):
+        return ask
+    with span("avp.handoff") as note:
+        while not isinstance(ask, Prepared):
             try:
-                context = ask.call(engine)
+                answer = ask.call(engine)
             except AvpError as error:
-                ask = preparation.throw(error)
-            else:
-                ask = preparation.send(context)
-    except StopIteration as finished:
-        return finished.value
+                answer = error
+            ask = _advance(preparation, answer)
+        _note_on(note, ask)
+        return ask
 
 
 async def arun(preparation: Preparation, engine: Engine) -> Prepared:
     """`run` on an event loop."""
-    try:
-        ask = next(preparation)
-        while True:
+    ask = _advance(preparation)
+    if isinstance(ask, Prepared):
+        return ask
+    with span("avp.handoff") as note:
+        while not isinstance(ask, Prepared):
             try:
-                context = await ask.acall(engine)
+                answer = await ask.acall(engine)
             except AvpError as error:
-                ask = preparation.throw(error)
-            else:
-                ask = preparation.send(context)
+                answer = error
+            ask = _advance(preparation, answer)
+        _note_on(note, ask)
+        return ask
+
+
+def _advance(preparation: Preparation, answer: Context | AvpError | None = None) -> Resolve | Rethink | Prepared:
+    """Answer what was asked last. Returns what is asked next, or the end."""
+    try:
+        if isinstance(answer, AvpError):
+            return preparation.throw(answer)
+        return next(preparation) if answer is None else preparation.send(answer)
     except StopIteration as finished:
         return finished.value
 
 
+def _note_on(note: Callable[[str, Any], None], prepared: Prepared) -> None:
+    """What the span of a handoff says."""
+    contexts = sum("context" in message for message in prepared.prompt) + (prepared.context is not None)
+    note("avp.handoff.contexts", contexts)
+    note("avp.handoff.fallbacks", [fallback.mode for fallback in prepared.fallbacks])
+    note("avp.latent_steps", prepared.latent_steps)
+
+
 def prepare(
-    turns: Sequence[Turn], given: object, *, store: ContextStore, scope: Scope, on_missing: OnMissing
+    turns: Sequence[Turn],
+    given: object,
+    *,
+    store: ContextStore,
+    scope: Scope,
+    on_missing: OnMissing,
+    template: Mapping[str, Any] | None = None,
 ) -> Preparation:
     """Settle every handle of a prompt.
 
@@ -142,47 +175,80 @@ def prepare(
         store: The engine's, for the ids of contexts that others hold.
         scope: Where handles are honoured.
         on_missing: What to do on the ladder's last rung.
+        template: Options of the chat template for thinking again.
 
     Raises:
         ContextLostError: `on_missing` is ``"error"``, and a context is lost.
     """
-    fallbacks: list[Fallback] = []
-
-    def lose(error: AvpError) -> None:
-        if on_missing == "error":
-            raise ContextLostError(f"A context of this prompt is lost: {error}") from error
-        logger.warning("A context is lost, the answer is generated without it: %s", error)
-        fallbacks.append(Fallback("lost", str(error)))
-
-    known = _Known(store, scope)
-    context = None
+    ladder, known = _Ladder(on_missing, template), _Known(store, scope)
+    context = missing = None
     if given is not None:
         try:
             context = yield Resolve(given, scope.honoured)
             known.add(context)
         except _UNRESOLVED as error:
-            lose(error)
+            missing = error
 
     found = yield from _resolve(turns, known, scope)
     prompt: list[Message] = []
-    latent_steps = 0
+    made_up: dict[str | None, Context | None] = {}
     for turn, outcome in zip(turns, found, strict=True):
         if outcome is None:
             prompt.append(turn.message)
         elif isinstance(outcome, Context):
             prompt.append({**turn.message, "context": outcome})
         elif not turn.is_thought:
-            fallbacks.append(Fallback("text", str(outcome)))
+            ladder.read(outcome)
+            made_up[_id_of(turn.handle)] = None
             prompt.append(turn.message)
         else:
-            again = yield from _rethink(prompt, turn.recipe)
-            if again is None:
-                lose(outcome)
-            else:
-                latent_steps += len(again.lineage[-1])
-                fallbacks.append(Fallback("rethink", str(outcome)))
+            again = yield from ladder.rethink(prompt, turn.recipe, outcome)
+            if again is not None:
+                made_up[_id_of(turn.handle)] = again
                 prompt.append({**turn.message, "context": again})
-    return Prepared(prompt, context, tuple(fallbacks), latent_steps)
+
+    if missing is not None:
+        handle = _read_handle(given)
+        if handle is not None and handle.id in made_up:
+            context = made_up[handle.id]
+        elif handle is None or (context := known.find(handle)) is None:
+            messages, recipe = find_source(handle.source if handle else "", prompt)
+            context = yield from ladder.rethink(messages, recipe, missing)
+    return Prepared(prompt, context, tuple(ladder.taken), ladder.latent_steps)
+
+
+class _Ladder:
+    """Steps down from a context that cannot be resolved, and keeps account of them."""
+
+    def __init__(self, on_missing: OnMissing, template: Mapping[str, Any] | None) -> None:
+        self._on_missing, self._template = on_missing, template
+        self.taken: list[Fallback] = []
+        self.latent_steps = 0
+
+    def read(self, reason: AvpError) -> None:
+        """The message's text is read instead."""
+        self.taken.append(Fallback("text", str(reason)))
+
+    def rethink(
+        self, prompt: Sequence[Message], recipe: LatentRecipe | None, reason: AvpError
+    ) -> Generator[Rethink, Context, Context | None]:
+        """The context of latent steps on `prompt`; None, and it is lost, where there is no way to make it again."""
+        if recipe is None or not prompt:
+            return self._lose(reason)
+        try:
+            again = yield Rethink(list(prompt), recipe, self._template)
+        except (ConfigurationError, ContextWindowError) as error:
+            logger.warning("Cannot think again on the messages that are left: %s", error)
+            return self._lose(reason)
+        self.latent_steps += len(again.lineage[-1])
+        self.taken.append(Fallback("rethink", str(reason)))
+        return again
+
+    def _lose(self, reason: AvpError) -> None:
+        if self._on_missing == "error":
+            raise ContextLostError(f"A context of this prompt is lost: {reason}") from reason
+        logger.warning("A context is lost, the answer is generated without it: %s", reason)
+        self.taken.append(Fallback("lost", str(reason)))
 
 
 def _resolve(
@@ -195,7 +261,7 @@ def _resolve(
     found: list[Context | AvpError | None] = []
     for turn in reversed(turns):
         if turn.handle is None:
-            found.append(None)
+            found.append(InvalidHandleError("The message of a thought carries no handle.") if turn.is_thought else None)
             continue
         if turn.is_edited:
             found.append(InvalidHandleError("The message was edited after its context was made."))
@@ -209,17 +275,6 @@ def _resolve(
         except _UNRESOLVED as error:
             found.append(error)
     return found[::-1]
-
-
-def _rethink(prompt: list[Message], recipe: LatentRecipe | None) -> Generator[Rethink, Context, Context | None]:
-    """The context of latent steps on `prompt`; None where there is nothing to think on, or no way to."""
-    if recipe is None or not prompt:
-        return None
-    try:
-        return (yield Rethink(prompt, recipe))
-    except (ConfigurationError, ContextWindowError) as error:
-        logger.warning("Cannot think again on the messages that are left: %s", error)
-        return None
 
 
 class _Known:
@@ -247,3 +302,16 @@ class _Known:
         held = Context(holder.fingerprint, holder.dtype, holder.lineage[:length])
         held.attach(handle=handle)
         return held
+
+
+def _read_handle(claimed: object) -> ContextHandle | None:
+    """A handle, None where it is not well formed."""
+    try:
+        return ContextHandle.from_state(cast("Any", claimed))
+    except InvalidHandleError:
+        return None
+
+
+def _id_of(claimed: object) -> str | None:
+    handle = _read_handle(claimed)
+    return None if handle is None else handle.id

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
@@ -24,12 +25,23 @@ THINK_KEY = "think"
 DIGEST_KEY = "content"
 """Where that says what the message's content was, as a digest: edited messages no longer stand for their context."""
 
+REASONING_KEY = "reasoning_content"
+"""Where a message has what the model reasoned before its text: ``message.additional_kwargs["reasoning_content"]``. Chat
+templates that render reasoning look for the same name."""
+
 _ROLES: dict[type[BaseMessage], str] = {
     SystemMessage: "system",
     HumanMessage: "user",
     AIMessage: "assistant",
     ToolMessage: "tool",
 }
+_OTHER_NAMES = {"human": "user", "ai": "assistant", "developer": "system"}
+_SAID_ELSEWHERE = frozenset(
+    ("tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "input_json_delta", "function_call")
+)
+"""Blocks of an AI message's content that `tool_calls` repeats."""
+_REASONING = {"reasoning": "reasoning", "thinking": "thinking", "redacted_thinking": None}
+"""Blocks of an AI message's content that tell what a model reasoned, and where they have its text."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,13 @@ class Turn:
     """One message, read.
 
     Attributes:
-        message: What the engine renders when no context stands for this turn: ``role``, ``content``, ...
+        message: What the engine renders when no context stands for this turn: ``role``, ``content``, and where the
+            message has them ``name``, ``tool_calls``, ``tool_call_id`` and ``reasoning_content``.
         handle: The handle of the context that the message claims to stand for; None where it claims none. Untrusted,
             like the recipe: graph state can be edited.
         is_edited: The content is no longer what it was when the context was made; the content counts.
-        is_thought: The content is a line for people that tells of latent steps; it is never rendered to a model.
+        is_thought: It stands for latent steps. Its content is a line for people, which is never rendered to a model and
+            not in `message`.
         recipe: How those steps were made; None where that is not known.
     """
 
@@ -61,57 +75,81 @@ def read_messages(messages: Sequence[BaseMessage]) -> list[Turn]:
     return [_read(message) for message in messages]
 
 
-def content_digest(text: str) -> str:
-    """16 hex digits that tell whether a message's content was edited."""
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+def content_digest(text: str, calls: Iterable[tuple[str, Any]] = ()) -> str:
+    """16 hex digits that tell whether a message's text, or the name or arguments of a tool call in it, were edited."""
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8)
+    for call in calls:
+        digest.update(json.dumps(call, sort_keys=True, default=str).encode(errors="surrogatepass"))
+    return digest.hexdigest()
 
 
 def _read(message: BaseMessage) -> Turn:
-    chat_message: dict[str, Any] = {"role": _role(message), "content": _text(message)}
+    is_answer = isinstance(message, AIMessage)
+    chat_message: dict[str, Any] = {"role": _role(message), "content": _text(message, is_answer=is_answer)}
     if message.name:
         chat_message["name"] = message.name
     if isinstance(message, ToolMessage):
         chat_message["tool_call_id"] = message.tool_call_id
-    if not isinstance(message, AIMessage):
+    if not is_answer:
         return Turn(chat_message)
-    if calls := _tool_calls(message):
+    calls = _tool_calls(message)
+    if calls:
         chat_message["tool_calls"] = calls
+    if reasoning := _reasoning(message):
+        chat_message[REASONING_KEY] = reasoning
     handle = message.response_metadata.get(HANDLE_KEY)
     made = message.response_metadata.get(METADATA_KEY)
     if not isinstance(made, Mapping):
         return Turn(chat_message, handle)
-    if made.get(DIGEST_KEY, digest := content_digest(chat_message["content"])) != digest:
+    named = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+    if made.get(DIGEST_KEY, digest := content_digest(chat_message["content"], named)) != digest:
         return Turn(chat_message, handle, is_edited=True)
     if THINK_KEY in made:
-        return Turn(chat_message, handle, is_thought=True, recipe=_read_recipe(made[THINK_KEY]))
+        bare = {**chat_message, "content": ""}
+        return Turn(bare, handle, is_thought=True, recipe=_read_recipe(made[THINK_KEY]))
     return Turn(chat_message, handle)
 
 
 def _role(message: BaseMessage) -> str:
     if isinstance(message, ChatMessage):
-        return message.role
+        return _OTHER_NAMES.get(message.role, message.role)
     for kind, role in _ROLES.items():
         if isinstance(message, kind):
             return role
-    raise PromptError(f"A {type(message).__name__} cannot be rendered: no chat template knows its kind.")
+    raise PromptError(
+        f"A {type(message).__name__} cannot be rendered: no chat template knows its kind. Use system, human, AI and "
+        "tool messages."
+    )
 
 
-def _text(message: BaseMessage) -> str:
+def _text(message: BaseMessage, *, is_answer: bool) -> str:
     """The message's text; blocks of other kinds are refused rather than dropped."""
     if isinstance(message.content, str):
         return message.content
-    return "".join(_block_text(block) for block in message.content)
+    elsewhere = _SAID_ELSEWHERE | _REASONING.keys() if is_answer else frozenset[str]()
+    blocks = (block for block in message.content if isinstance(block, str) or block.get("type") not in elsewhere)
+    return "".join(map(_block_text, blocks))
 
 
 def _block_text(block: str | Mapping[str, Any]) -> str:
     if isinstance(block, str):
         return block
-    if block.get("type") == "text" and isinstance(block.get("text"), str):
+    if block.get("type") in ("text", "text-plain") and isinstance(block.get("text"), str):
         return block["text"]
     raise PromptError(
         f"Content of type {block.get('type')!r} cannot be given to this model: it reads text only. "
         "Remove the block, or describe it in text."
     )
+
+
+def _reasoning(message: AIMessage) -> str:
+    """What the model reasoned before the message's text; empty where the message does not tell."""
+    given = message.additional_kwargs.get(REASONING_KEY)
+    if isinstance(given, str):
+        return given
+    blocks = [block for block in message.content if isinstance(block, Mapping)]
+    texts = (block.get(key) for block in blocks if (key := _REASONING.get(str(block.get("type")))))
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:

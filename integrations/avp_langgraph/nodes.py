@@ -9,7 +9,7 @@ What it makes is put into `contexts` under its key: by default the node's name i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from langchain_core.language_models import LanguageModelInput
@@ -20,12 +20,10 @@ from avp_agents.engine.base import Engine
 from avp_agents.errors import ConfigurationError
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.messages import HANDLE_KEY
+from avp_langgraph.state import Key, field_of, handle_in, key_in
 
 Prompt = str | Callable[[Any], LanguageModelInput] | None
 """A system message before the state's messages; a function that makes the prompt from the state; or those messages."""
-
-Key = str | Callable[[Any], str] | None
-"""A key of `contexts`, or a function that makes it from the state: branches that `Send` starts need one each."""
 
 
 class _ContextNode(RunnableLambda[Any, dict[str, Any]]):
@@ -46,7 +44,7 @@ class _ContextNode(RunnableLambda[Any, dict[str, Any]]):
         return self._update(state, config, answer)
 
     def _update(self, state: Any, config: RunnableConfig, answer: AIMessage) -> dict[str, Any]:
-        key = _named(self._key, state) or config.get("metadata", {}).get("langgraph_node")
+        key = key_in(state, self._key) or config.get("metadata", {}).get("langgraph_node")
         if not key:
             raise ConfigurationError(f"Outside of a graph a {type(self).__name__} needs a key=.")
         return {"contexts": {key: answer.response_metadata[HANDLE_KEY]}}
@@ -54,7 +52,7 @@ class _ContextNode(RunnableLambda[Any, dict[str, Any]]):
     def _prompt_from(self, state: Any) -> LanguageModelInput:
         if callable(self._prompt):
             return self._prompt(state)
-        messages = _field(state, "messages")
+        messages = field_of(state, "messages")
         if not messages:
             raise ConfigurationError(
                 f"The state has no messages for this {type(self).__name__}; give it a function that makes them: prompt="
@@ -63,17 +61,9 @@ class _ContextNode(RunnableLambda[Any, dict[str, Any]]):
 
     def _context_from(self, state: Any) -> dict[str, Any]:
         """The call's handle; none where the node wants none, or where it was taken back."""
-        key = _named(self._context, state)
-        if key is None:
-            return {}
-        contexts = _field(state, "contexts") or {}
-        if key not in contexts:
-            there = ", ".join(map(repr, contexts)) or "none"
-            raise ConfigurationError(
-                f"The state has no context {key!r} (there: {there}). Run a ThinkNode or GenerateNode of that key "
-                "before, and let the state include ContextState."
-            )
-        return {} if contexts[key] is None else {"avp_context": contexts[key]}
+        key = key_in(state, self._context)
+        handle = None if key is None else handle_in(state, key)
+        return {} if handle is None else {"avp_context": handle}
 
 
 class ThinkNode(_ContextNode):
@@ -136,12 +126,3 @@ class GenerateNode(_ContextNode):
 
     def _update(self, state: Any, config: RunnableConfig, answer: AIMessage) -> dict[str, Any]:
         return {"messages": [answer], **super()._update(state, config, answer)}
-
-
-def _named(key: Key, state: Any) -> str | None:
-    return key(state) if callable(key) else key
-
-
-def _field(state: Any, name: str) -> Any:
-    """A field of the state, which is a dict, a dataclass or a pydantic model."""
-    return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)

@@ -52,9 +52,14 @@ def current_scope(policy: ScopePolicy) -> Scope:
     return Scope(minted=name, honoured=name, agent=agent)
 
 
+def thread_scope(thread_id: object) -> str:
+    """The scope of a thread."""
+    return f"thread:{thread_id}"
+
+
 def _thread(configurable: Mapping[str, Any]) -> str:
     thread = configurable.get("thread_id")
-    return "" if thread is None else f"thread:{thread}"
+    return "" if thread is None else thread_scope(thread)
 
 
 def _user(configurable: Mapping[str, Any]) -> str:

@@ -7,16 +7,20 @@ State carries handles only: plain JSON, under 300 bytes each. Tensors stay in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from typing_extensions import TypedDict
 
-from avp_agents.errors import InvalidHandleError
+from avp_agents.errors import ConfigurationError, InvalidHandleError
 from avp_agents.handle import ContextHandle, ContextHandleState
 
 Contexts = dict[str, ContextHandleState | None]
 """Handles by key (a node's or branch's name); None marks one that was taken back."""
+
+
+Key = str | Callable[[Any], str] | None
+"""A key of `contexts`, or a function that makes it from the state: branches that `Send` starts need one each."""
 
 
 def merge_contexts(left: Mapping[str, Any] | None, right: Mapping[str, Any] | None) -> Contexts:
@@ -47,3 +51,29 @@ class ContextState(TypedDict, total=False):
     """Graph state with a channel of context handles; subclass it, alone or beside `MessagesState`."""
 
     contexts: Annotated[Contexts, merge_contexts]
+
+
+def key_in(state: Any, key: Key) -> str | None:
+    """A key that may be made from the state."""
+    return key(state) if callable(key) else key
+
+
+def field_of(state: Any, name: str) -> Any:
+    """A field of the state, which is a dict, a dataclass or a pydantic model; None where it has none."""
+    return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
+
+
+def handle_in(state: Any, key: str) -> ContextHandleState | None:
+    """The handle under a key of `contexts`; None where it was taken back.
+
+    Raises:
+        ConfigurationError: There never was one.
+    """
+    contexts = field_of(state, "contexts") or {}
+    if key not in contexts:
+        there = ", ".join(map(repr, contexts)) or "none"
+        raise ConfigurationError(
+            f"The state has no context {key!r} (there: {there}). Run a node that makes it before, such as "
+            f"ThinkNode(..., key={key!r}), and let the state include ContextState."
+        )
+    return contexts[key]

@@ -10,14 +10,15 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
 
-from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, Prompt, ThinkOptions, TokenLogprob
+from avp_agents.context import Context, LatentRecipe, LatentSegment, SplicedSegment, TokenSegment
+from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Prompt, ThinkOptions, TokenLogprob
 from avp_agents.engine.prompt_lineage import Line, LineageWalk
+from avp_agents.engine.tool_format import GENERIC, ToolDefinition, ToolFormat
 from avp_agents.engine.turn_messages import read_messages
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, PromptError
 from avp_agents.handle import ContextHandle
@@ -51,6 +52,7 @@ class FakeEngine:
         requests: Every call that reached the model, in order.
         cancelled: How many streams were left before their end.
         delay: Seconds between two tokens of an asynchronous stream.
+        reasoning: What the model says before each answer, as a reasoning model does.
     """
 
     model_path: str = "fake/model"
@@ -58,6 +60,7 @@ class FakeEngine:
     context_window: int = 10_000
     dtype: str = "float32"
     delay: float = 0.0
+    reasoning: str = ""
     requests: list[Request] = field(default_factory=list)
     cancelled: int = 0
     closed: bool = False
@@ -67,9 +70,23 @@ class FakeEngine:
     def fingerprint(self) -> str:
         return hashlib.blake2b(self.model_path.encode(), digest_size=32).hexdigest()
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    @property
+    def tool_format(self) -> ToolFormat:
+        return GENERIC
+
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[ToolDefinition] = (),
+    ) -> int:
         line = self._line(prompt, None)
-        return len(_render(line)) + (len(line.base) if line.base else 0)
+        shown = len(GENERIC.tools_text(tools)) if tools else 0
+        return shown + len(_render(line)) + (len(line.base) if line.base else 0)
+
+    def encode(self, text: str) -> list[int]:
+        return _characters(text)
 
     def think(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
@@ -126,6 +143,36 @@ class FakeEngine:
         finally:
             self.cancelled += sent < len(chunks)
 
+    def join(
+        self,
+        contexts: Sequence[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        for context in contexts:
+            self._check_model(context)
+        with self._lock:
+            self.requests.append(Request("join", None, strategy, {"contexts": tuple(contexts), "source": source}))
+        first, *others = (context.lineage for context in contexts)
+        tails = [(SplicedSegment(other, 0),) if strategy == "splice" else other for other in others]
+        lineage = (*first, *(segment for tail in tails for segment in tail), TokenSegment((END_OF_TURN,)))
+        joined = Context(self.fingerprint, self.dtype, lineage)
+        handoff = Handoff("kv", f"{len(contexts)} contexts joined by {strategy}")
+        joined.attach(kv=_kv(len(joined)), usage=Usage(prompt_tokens=len(joined)), handoff=handoff)
+        return joined
+
+    async def ajoin(
+        self,
+        contexts: Sequence[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        return self.join(contexts, strategy=strategy, source=source)
+
     def replay(self, context: Context) -> Context:
         return context.with_kv(_kv(len(context)))
 
@@ -139,6 +186,9 @@ class FakeEngine:
 
     async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         return self.resolve(handle, scope=scope)
+
+    def for_store(self, store: ContextStore) -> FakeEngine:
+        return replace(self, store=store)
 
     def close(self) -> None:
         self.closed = True
@@ -155,9 +205,14 @@ class FakeEngine:
         text, stopped = _cut_at_stop(" ".join(words), options.get("stop"))
         pieces = [piece + " " for piece in text.split(" ")]
         pieces[-1] = pieces[-1][:-1]
-        answer = TokenSegment((*_characters(text), END_OF_TURN))
+        answer = TokenSegment((*_characters(self.reasoning + text), END_OF_TURN))
         handoff, reused = _handoff(line)
-        usage = Usage(prompt_tokens=len(start), positions_reused=reused, completion_tokens=len(words))
+        usage = Usage(
+            prompt_tokens=len(start),
+            positions_reused=reused,
+            completion_tokens=len(words) + len(self.reasoning.split()),
+            reasoning_tokens=len(self.reasoning.split()),
+        )
         asked = options.get("logprobs") is not None
         generation = Generation(
             text=text,
@@ -167,8 +222,10 @@ class FakeEngine:
             handoff=handoff,
             finish_reason="stop" if stopped or len(words) == 6 else "length",
             logprobs=tuple(TokenLogprob(7, piece, -0.5, ((7, -0.5),)) for piece in pieces) if asked else None,
+            reasoning=self.reasoning,
         )
-        return [Chunk(piece) for piece in pieces if piece] + [Chunk("", generation=generation)]
+        thought = [Chunk("", reasoning=character) for character in self.reasoning]
+        return thought + [Chunk(piece) for piece in pieces if piece] + [Chunk("", generation=generation)]
 
     def _prefill(
         self, kind: str, prompt: Prompt, context: Context | None, requested: int, options: Mapping[str, Any]
@@ -209,8 +266,8 @@ def _render(line: Line) -> tuple[int, ...]:
     last = line.base.lineage[-1] if line.base else None
     is_open = last is not None and not (isinstance(last, TokenSegment) and last.token_ids[-1] == END_OF_TURN)
     ids = [END_OF_TURN] if is_open else []
-    for turn in line.pending:
-        ids += [_ROLES[turn.message["role"]], *_characters(turn.message["content"] or ""), END_OF_TURN]
+    for message in line.messages:
+        ids += [_ROLES[message["role"]], *_characters(message["content"] or ""), END_OF_TURN]
     return (*ids, _ROLES["assistant"])
 
 

@@ -284,10 +284,8 @@ class TestMessages:
             HumanMessage("last")
         ]
 
-    def test_token_ids_need_a_tokenizer(self, engine: FakeEngine, solver: AvpChatModel) -> None:
-        with pytest.raises(ConfigurationError, match="pass custom_get_token_ids="):
-            solver.get_token_ids("four")
-
+    def test_token_ids_are_the_models_unless_others_are_wanted(self, engine: FakeEngine, solver: AvpChatModel) -> None:
+        assert solver.get_token_ids("four") == engine.encode("four")
         assert AvpChatModel(engine=engine, custom_get_token_ids=lambda text: [4, 2]).get_num_tokens("four") == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import msgpack
 import pytest
 from fake_engine import FakeEngine
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
@@ -119,12 +120,88 @@ class TestRungs:
             strict.invoke([thought, FOLLOW_UP])
         assert made(strict.invoke([QUESTION, thought]))["mode"] == "rethink"
 
-    def test_a_given_handle_that_is_lost(self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage) -> None:
+
+class TestGivenHandles:
+    """Handles out of the `contexts` channel stand alone, but they take the same ladder."""
+
+    @pytest.fixture
+    def expected(self, solver: AvpChatModel, thought: AIMessage) -> str:
+        """The answer on the thought when nothing is missing."""
+        return solver.invoke([QUESTION, FOLLOW_UP], avp_context=handle_of(thought)).text
+
+    def test_replay(self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage, expected: str) -> None:
+        engine.store.drop_kv(handle_of(thought))
+        answer = solver.invoke([QUESTION, FOLLOW_UP], avp_context=handle_of(thought))
+
+        assert (made(answer)["mode"], answer.text) == ("replay", expected)
+
+    def test_rethink_where_the_prompt_begins_with_the_same_messages(
+        self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage, expected: str
+    ) -> None:
+        engine.store.delete(handle_of(thought))
+        answer = solver.invoke([QUESTION, FOLLOW_UP], avp_context=handle_of(thought))
+
+        assert (made(answer)["mode"], answer.text) == ("rethink", expected)
+        assert made(answer)["latent_steps"] == 7
+
+    def test_rethink_where_a_message_carries_it_too(
+        self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage
+    ) -> None:
+        expected = solver.invoke([QUESTION, thought, FOLLOW_UP], avp_context=handle_of(thought))
+        engine.store.delete(handle_of(thought))
+        answer = solver.invoke([QUESTION, thought, FOLLOW_UP], avp_context=handle_of(thought))
+
+        assert (made(answer)["mode"], answer.text) == ("rethink", expected.text)
+        assert made(answer)["latent_steps"] == 7, "it was thought again once"
+
+    def test_held_by_a_message(self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage) -> None:
+        answer = solver.invoke([QUESTION, thought])
         engine.store.delete(handle_of(thought))
 
-        assert made(solver.invoke([QUESTION], avp_context=handle_of(thought)))["mode"] == "lost"
+        assert made(solver.invoke([answer, FOLLOW_UP], avp_context=handle_of(thought)))["mode"] == "kv"
+
+    def test_an_answer_that_is_read(self, engine: FakeEngine, solver: AvpChatModel) -> None:
+        answer = solver.invoke([QUESTION])
+        engine.store.delete(handle_of(answer))
+        reply = solver.invoke([QUESTION, answer, FOLLOW_UP], avp_context=handle_of(answer))
+
+        assert made(reply)["mode"] == "text"
+        assert answer.text in engine.requests[-1].text
+
+    def test_lost_where_the_messages_are_other_ones(
+        self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage
+    ) -> None:
+        engine.store.delete(handle_of(thought))
+
+        assert made(solver.invoke([FOLLOW_UP], avp_context=handle_of(thought)))["mode"] == "lost"
         with pytest.raises(ContextLostError):
-            solver.invoke([QUESTION], avp_context=handle_of(thought), on_missing="error")
+            solver.invoke([FOLLOW_UP], avp_context=handle_of(thought), on_missing="error")
+
+    def test_a_thought_on_a_thought_says_not_what_it_was_thought_on(
+        self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage
+    ) -> None:
+        """Its messages alone would not make it again."""
+        second = AvpChatModel(engine=engine, mode="latent").invoke([FOLLOW_UP], avp_context=handle_of(thought))
+        engine.store.delete(handle_of(second))
+
+        assert "source" not in handle_of(second)
+        assert made(solver.invoke([FOLLOW_UP], avp_context=handle_of(second)))["mode"] == "lost"
+
+    @pytest.mark.parametrize("source", [7, "soft", "soft:256:0:" + "0" * 12, "soft:256:7:" + "0" * 12])
+    def test_a_note_that_was_tampered_with(
+        self, engine: FakeEngine, solver: AvpChatModel, thought: AIMessage, source: object
+    ) -> None:
+        engine.store.delete(handle_of(thought))
+        handle = handle_of(thought) | {"source": source}
+
+        assert made(solver.invoke([QUESTION], avp_context=handle))["mode"] == "lost"
+
+    def test_a_handle_with_its_note_stays_small(self, engine: FakeEngine) -> None:
+        thinker = AvpChatModel(engine=engine, mode="latent", latent_steps=100)
+        config: RunnableConfig = {"configurable": {"thread_id": "a"}, "metadata": {"langgraph_node": "researcher" * 4}}
+        thought = RunnableLambda(lambda _: thinker.invoke([QUESTION])).invoke(None, config)
+
+        assert len(msgpack.packb(handle_of(thought)) or b"") < 300
 
 
 class TestEditedState:

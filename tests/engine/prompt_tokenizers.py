@@ -88,6 +88,30 @@ THINKING = (
 )
 """Thoughts are cut from earlier answers; an option writes an empty thought (Qwen3)."""
 
+QWEN_3 = """\
+{% set ns = namespace(last=0) %}{% for message in messages %}{% if message.role == 'user' %}\
+{% set ns.last = loop.index0 %}{% endif %}{% endfor %}\
+{% for message in messages %}{% if message.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ message.content }}
+</tool_response><|im_end|>
+{% elif message.role == 'assistant' %}{% set reasoning = message.reasoning_content or '' %}<|im_start|>assistant
+{% if loop.index0 > ns.last and (loop.last or reasoning) %}{{ '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}\
+{% endif %}{{ message.content or '' }}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+"""Reasoning is rendered behind the last user message only, so that a tool loop keeps it (Qwen3)."""
+
+R_1 = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+"""Every new turn begins with reasoning, which earlier turns do not show (DeepSeek-R1)."""
+
 PLAIN = (
     "{% for message in messages %}{{ message.role | upper + ': ' + message.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"

@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-from prompt_tokenizers import chatml, llama_3, mistral, text_of
-from transformers import PreTrainedTokenizerFast
+from prompt_agents import NOTE, QUESTION, RESEARCHER, SOLVER, UNUSED, WHY, Agents, Messages, outcome, said
+from prompt_tokenizers import chatml, id_of, llama_3, mistral
 
-from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
-from avp_agents.engine.prompt import PromptPlan, PromptRenderer
+from avp_agents.context import Context, TokenSegment
 from avp_agents.engine.turns import Rendering, TurnRenderer
-
-RECIPE = LatentRecipe("soft", 256, 1.0, False, 2)
-RESEARCHER = {"role": "system", "content": "You are a researcher."}
-SOLVER = {"role": "system", "content": "You are a solver."}
-QUESTION = {"role": "user", "content": "What is 24 * 17 + 3?"}
-WHY = {"role": "user", "content": "Why?"}
-NOTE = "What the researcher found"
-UNUSED = "the context that is used does not extend it"
-
-Messages = list[dict[str, Any]]
-
-
-class Agents:
-    """A renderer, and what an engine makes of its plans: contexts without numbers."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.renderer = PromptRenderer(tokenizer)
-
-    def plan(self, messages: Messages, context: Context | None = None) -> PromptPlan:
-        return self.renderer.plan(messages, context)
-
-    def text(self, plan: PromptPlan) -> str:
-        return text_of(self.tokenizer, plan.token_ids)
-
-    def think(self, messages: Messages, context: Context | None = None, steps: int = 2) -> Context:
-        """Latent steps behind the prompt; the number of steps tells two thoughts apart."""
-        return self._made(messages, context, LatentSegment(torch.zeros(steps, 4), RECIPE))
-
-    def answer(self, messages: Messages, text: str, context: Context | None = None, *, ended: bool = True) -> Context:
-        """An answer behind the prompt, one id per byte: sampled ids need not be those that its text encodes to."""
-        ids = [id_ for letter in text for id_ in self.tokenizer.encode(letter, add_special_tokens=False)]
-        end = [min(self.renderer.stop_ids)] if ended else []
-        return self._made(messages, context, TokenSegment((*ids, *end)))
-
-    def _made(self, messages: Messages, context: Context | None, made: TokenSegment | LatentSegment) -> Context:
-        plan = self.plan(messages, context)
-        before = plan.base.lineage if plan.base else ()
-        return Context("f" * 64, "float32", (*before, TokenSegment(plan.token_ids), made))
 
 
 @pytest.fixture(scope="module", params=[chatml, llama_3], ids=["chatml", "llama_3"])
 def agents(request: pytest.FixtureRequest) -> Agents:
     return Agents(request.param())
-
-
-def said(text: str, context: Context | None = None) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, "context": context}
-
-
-def outcome(plan: PromptPlan) -> tuple[Context | None, str, tuple[str, ...]]:
-    return plan.base, plan.relation, plan.notes
 
 
 class TestContinuation:
@@ -146,6 +95,13 @@ class TestHandoff:
         plan = agents.plan([SOLVER, QUESTION, said(NOTE, one), said("Criticism", other), WHY])
         assert outcome(plan) == (other, "handoff", (f"context of message 2 rendered as text: {UNUSED}",))
         assert plan.token_ids == agents.plan([SOLVER, QUESTION, said(NOTE), WHY], other).token_ids
+
+    def test_a_thought_without_a_text_is_left_out_where_another_is_the_base(self, agents: Agents):
+        one = agents.think([RESEARCHER, QUESTION], steps=2)
+        other = agents.think([RESEARCHER, WHY], steps=3)
+        plan = agents.plan([SOLVER, said("", one), said("", other), WHY])
+        assert outcome(plan) == (other, "handoff", (f"context of message 1 left out: {UNUSED}",))
+        assert plan.token_ids == agents.plan([SOLVER, WHY], other).token_ids
 
     def test_a_thought_that_descends_from_an_earlier_one_holds_its_message(self, agents: Agents):
         one = agents.think([RESEARCHER, QUESTION])
@@ -239,8 +195,71 @@ class TestExplicitContext:
     def test_messages_that_it_holds_are_not_rendered(self, agents: Agents):
         thought = agents.think([SOLVER, QUESTION])
         plan = agents.plan([SOLVER, QUESTION, said(NOTE, thought), WHY], thought)
-        assert outcome(plan) == (thought, "handoff", ())
+        assert outcome(plan) == (thought, "continuation", ())
         assert plan.token_ids == agents.plan([WHY], thought).token_ids
+
+    def test_messages_that_it_begins_with_are_not_repeated(self, agents: Agents):
+        """Nothing tells that they belong together but their tokens: no message carries a context."""
+        thought = agents.think([SOLVER, QUESTION])
+        plan = agents.plan([SOLVER, QUESTION, WHY], thought)
+        assert outcome(plan) == (thought, "continuation", ())
+        assert plan.token_ids == agents.plan([WHY], thought).token_ids
+
+        plan = agents.plan([SOLVER, QUESTION, said("Let me see."), WHY], thought)
+        assert plan.token_ids == agents.plan([said("Let me see."), WHY], thought).token_ids
+
+    def test_a_thought_about_the_whole_prompt_goes_on_in_its_own_turn(self, agents: Agents):
+        thought = agents.think([SOLVER, QUESTION])
+        plan = agents.plan([SOLVER, QUESTION], thought)
+        assert outcome(plan) == (thought, "continuation", ("nothing new to say: the thought's own turn goes on",))
+        assert plan.token_ids == ()
+
+    def test_its_answer_takes_over_where_the_thought_is_given_again(self, agents: Agents):
+        """As in a graph whose state keeps the thought in a channel of its own, and the answers among the messages."""
+        thought = agents.think([QUESTION])
+        answer = agents.answer([QUESTION], "411", thought)
+        plan = agents.plan([QUESTION, said("411", answer), WHY], thought)
+        assert outcome(plan) == (answer, "continuation", ())
+        assert plan.token_ids == agents.plan([WHY], answer).token_ids
+
+    def test_a_later_thought_holds_the_conversation_before_it(self, agents: Agents):
+        answer = agents.answer([QUESTION], "411")
+        messages = [QUESTION, said("411", answer), WHY]
+        thought = agents.think(messages)
+        brief = {"role": "user", "content": "Be brief."}
+        plan = agents.plan([*messages, brief], thought)
+        assert outcome(plan) == (thought, "continuation", ())
+        assert plan.token_ids == agents.plan([brief], thought).token_ids
+        assert agents.plan(messages, thought).token_ids == ()
+
+    def test_a_question_that_its_answer_is_given_for_is_asked_again(self, agents: Agents):
+        """There would be nothing to answer else."""
+        answer = agents.answer([QUESTION], "411")
+        assert QUESTION["content"] in agents.text(agents.plan([QUESTION], answer))
+
+    def test_what_it_begins_with_is_found_in_few_renderings(self, agents: Agents, monkeypatch: pytest.MonkeyPatch):
+        messages = [{"role": role, "content": f"{role} {turn}"} for turn in range(32) for role in ("user", "assistant")]
+        thought = agents.think(messages[:41])
+        rendered: list[int] = []
+        whole = TurnRenderer.whole
+
+        def counted(renderer: TurnRenderer, turns: Messages) -> Rendering:
+            rendered.append(len(turns))
+            return whole(renderer, turns)
+
+        monkeypatch.setattr(TurnRenderer, "whole", counted)
+        assert agents.plan(messages, thought).token_ids == agents.plan(messages[41:], thought).token_ids
+        assert len(rendered) < len(messages) / 4
+
+    def test_a_conversation_without_handles_is_found_in_it_by_its_tokens(self, agents: Agents):
+        start = agents.plan([SOLVER, QUESTION])
+        reply = agents.tokenizer.encode("hello", add_special_tokens=False)
+        end = id_of(agents.tokenizer, "<|im_end|>" if "<|im_end|>" in agents.text(start) else "<|eot_id|>")
+        answer = Context("f" * 64, "float32", (TokenSegment(start.token_ids), TokenSegment((*reply, end))))
+        messages = [SOLVER, QUESTION, said("hello"), WHY]
+        plan = agents.plan(messages, answer)
+        assert outcome(plan) == (answer, "continuation", ())
+        assert [*answer.token_ids(), *plan.token_ids] == agents.renderer.render(messages)
 
     def test_it_goes_before_the_contexts_of_messages(self, agents: Agents):
         thought = agents.think([RESEARCHER, QUESTION])

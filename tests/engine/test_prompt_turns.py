@@ -167,10 +167,18 @@ class TestTools:
         text, plan = planned(chatml(), [system("s"), *self.MESSAGES])
         assert text == (
             "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n"
-            '<|im_start|>assistant\nLet me look.\n{"name": "weather", "arguments": {"city": "Zürich"}}<|im_end|>\n'
+            "<|im_start|>assistant\nLet me look.\n<tool_call>\n"
+            '{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>\n'
             "<|im_start|>user\nResult of weather:\nSunny<|im_end|>\n<|im_start|>assistant\n"
         )
         assert plan.notes == ("tool calls rendered as assistant text", "tool message rendered as user text")
+
+    def test_results_read_alike_behind_a_context_and_within_a_whole_prompt(self):
+        """Though this template has no objection to the role alone."""
+        text, plan = planned(chatml(), [tool("Sunny", name="weather")], CONTEXT)
+        assert text == ("<|im_end|>\n<|im_start|>user\nResult of weather:\nSunny<|im_end|>\n<|im_start|>assistant\n")
+        assert planned(chatml(), list(self.MESSAGES))[0].endswith(text.removeprefix("<|im_end|>\n"))
+        assert plan.notes == ("tool message rendered as user text",)
 
     def test_a_template_that_drops_tool_results(self):
         text, plan = planned(deepseek(), [user("Weather?"), tool("Sunny")])
@@ -179,13 +187,13 @@ class TestTools:
 
     def test_a_template_that_refuses_both(self):
         text, plan = planned(gemma(), list(self.MESSAGES))
-        assert '<start_of_turn>model\nLet me look.\n{"name": "weather"' in text
+        assert '<start_of_turn>model\nLet me look.\n<tool_call>\n{"name": "weather"' in text
         assert "<start_of_turn>user\nResult of weather:\nSunny<end_of_turn>" in text
         assert plan.notes == ("tool calls rendered as assistant text", "tool message rendered as user text")
 
     def test_calls_without_content(self):
         text, _ = planned(chatml(), [user("Weather?"), assistant(None, tool_calls=[CALL, CALL])])
-        call = '{"name": "weather", "arguments": {"city": "Zürich"}}'
+        call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
         assert text.endswith(f"<|im_start|>assistant\n{call}\n{call}<|im_end|>\n<|im_start|>assistant\n")
 
     def test_calls_and_results_are_never_merged(self):

@@ -9,7 +9,9 @@ import pytest
 from langchain_core.load import load
 from langchain_tests.unit_tests import ChatModelUnitTests
 
+from avp_agents.models.embedded import ENVIRONMENT_VARIABLE
 from avp_langgraph import AvpChatModel
+from avp_langgraph.profile import model_profile
 
 
 class TestAvpChatModelUnit(ChatModelUnitTests):
@@ -29,5 +31,7 @@ class TestAvpChatModelUnit(ChatModelUnitTests):
         return {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
     @property
-    def has_tool_choice(self) -> bool:
-        return False
+    def init_from_env_params(self) -> tuple[dict[str, str], dict[str, Any], dict[str, Any]]:
+        """A model that is not named is the one that the environment names."""
+        named = {ENVIRONMENT_VARIABLE: "organisation/model"}
+        return named, {}, {"profile": model_profile("organisation/model", None)}

@@ -1,0 +1,247 @@
+"""How a model writes tool calls, and how it is shown its tools.
+
+A chat template that renders tools and calls has a format of its own, which is read off what it renders for a trial
+conversation. So an answer that was decoded in that format is rendered again exactly as it was written. Models whose
+template knows no tools (or writes calls otherwise than as name and JSON arguments) get the generic format:
+
+    <tool_call>
+    {"name": "get_weather", "arguments": {"city": "Oslo"}}
+    </tool_call>
+
+with the tools in a system message, and each result in a user message (``Result of get_weather:``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from avp_agents.engine.prompt_encoder import Piece, PromptEncoder
+
+ToolDefinition = Mapping[str, Any]
+"""As templates take it: ``{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}``."""
+
+Pieces = Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class Markup:
+    """A fixed piece of a format: as it stands in an answer, and as an expression of a lark grammar."""
+
+    text: str
+    lark: str
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """``begin name middle arguments (between name middle arguments)* end``, behind a text or alone.
+
+    Attributes:
+        begin, middle, end: What stands before the first name, between name and arguments, and behind the last.
+        between: What stands between two calls; None where an answer holds one call at most.
+        joint: What stands between a text and the calls behind it; None where an answer holds only one of both.
+        head, rest: `begin` in two parts, behind any text: a lark rule ``head``, up to what betrays a call (the first
+            control token or line), and an expression for what follows that.
+        text: A lark terminal for text that holds no call.
+        is_native: The model's own chat template shows tools and renders calls.
+    """
+
+    begin: Markup
+    middle: Markup
+    end: Markup
+    between: Markup | None
+    joint: str | None
+    head: str
+    rest: str
+    text: str
+    is_native: bool
+
+    @classmethod
+    def of(cls, begin: Pieces, middle: Pieces, end: Pieces, between: Pieces | None, joint: str | None) -> ToolFormat:
+        """The format of a template that writes these pieces."""
+        (first, control), *others = begin
+        if control is not None:
+            head, rest, text = f"head: /(?s:.*)/ <[{control}]>", others, "/(?s:.*)/"
+        else:
+            line, newline, remainder = first.partition("\n")
+            head, rest = f"head[lazy]: /(?s:.*){_in_slashes(line)}/", [(newline + remainder, None), *others]
+            text = f"/(?s:.*)/ & ~/(?s:.*){_in_slashes(line)}(?s:.*)/"
+        return cls(
+            begin=_markup(begin),
+            middle=_markup(middle),
+            end=_markup(end),
+            between=_markup(between) if between is not None else None,
+            joint=joint,
+            head=head,
+            rest=_lark(rest),
+            text=text,
+            is_native=True,
+        )
+
+    def calls_text(self, calls: Sequence[tuple[str, Any]]) -> str:
+        """Calls, as names with their arguments, as the model writes them."""
+        between = self.between or self.end
+        written = [f"{name}{self.middle.text}{_as_json(arguments)}" for name, arguments in calls]
+        return f"{self.begin.text}{between.text.join(written)}{self.end.text}"
+
+    def tools_text(self, tools: Sequence[ToolDefinition]) -> str:
+        """What a system message says about the tools where no template does."""
+        example = f"{self.begin.text}<function name>{self.middle.text}<arguments as a JSON object>{self.end.text}"
+        definitions = "\n".join(map(_as_json, tools))
+        return (
+            "# Tools\n\nYou may call functions to help with the user's request. Their signatures are:\n"
+            f"<tools>\n{definitions}\n</tools>\n\nTo call a function, answer with:\n{example}"
+        )
+
+
+def _markup(pieces: Pieces) -> Markup:
+    return Markup("".join(text for text, _ in pieces), _lark(pieces))
+
+
+def _lark(pieces: Pieces) -> str:
+    return " ".join(json.dumps(text) if control is None else f"<[{control}]>" for text, control in pieces if text)
+
+
+def _in_slashes(text: str) -> str:
+    return re.escape(text).replace("/", r"\/").replace(r"\ ", " ")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_OPENING, _CLOSING = '<tool_call>\n{"name": "', "}\n</tool_call>"
+
+GENERIC = replace(
+    ToolFormat.of(
+        begin=[(_OPENING, None)],
+        middle=[('", "arguments": ', None)],
+        end=[(_CLOSING, None)],
+        between=[(f"{_CLOSING}\n{_OPENING}", None)],
+        joint="\n",
+    ),
+    is_native=False,
+)
+"""The generic format, in plain text also where the tokenizer has such control tokens: message content is data."""
+
+Apply = Callable[[list[dict[str, Any]]], str]
+"""Renders a conversation, with the trial tool, without opening a turn; raises `ValueError` where that is refused."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Reads a template's format off trial conversations.
+
+    Args:
+        apply: The template.
+        encoder: The model's control tokens.
+        is_end: Whether an id ends an assistant's turn.
+        word: A word that no template holds, for a name.
+    """
+
+    apply: Apply
+    encoder: PromptEncoder
+    is_end: Callable[[int], bool]
+    word: Callable[[str], str]
+
+    def tool(self) -> ToolDefinition:
+        """The trial tool."""
+        arguments = {self.word("key"): {"type": "string", "description": self.word("meaning")}}
+        parameters = {"type": "object", "properties": arguments, "required": [self.word("key")]}
+        function = {"name": self.word("tool"), "description": self.word("purpose"), "parameters": parameters}
+        return {"type": "function", "function": function}
+
+    def read(self) -> ToolFormat | None:
+        """The template's own format; None where it has none that can be read."""
+        try:
+            return self._read()
+        except ValueError:
+            return None
+
+    def _read(self) -> ToolFormat | None:
+        question = {"role": "user", "content": self.word("question")}
+        shown = self.apply([question])
+        if any(self.word(name) not in shown for name in ("tool", "purpose", "key")):
+            return None
+        words = self.word("said")
+        header = self._answer(question, {"role": "assistant", "content": words}).partition(words)[0]
+        one = self._answer(question, self._calls(1))
+        parts = self._split(one, 1)
+        if parts is None:
+            return None
+        lead, middle, end = parts
+        begin = lead[_common(lead, header) :]
+        if not begin or not middle or not end:
+            return None
+        between = self._between(question, lead, middle, end)
+        begin_pieces, middle_pieces, end_pieces = map(self.encoder.pieces, (begin, middle, end))
+        return ToolFormat.of(begin_pieces, middle_pieces, end_pieces, between, self._joint(question, begin))
+
+    def _between(self, question: dict[str, Any], lead: str, middle: str, end: str) -> Pieces | None:
+        try:
+            parts = self._split(self._answer(question, self._calls(2)), 2)
+        except ValueError:
+            return None
+        if parts is None or (parts[0], parts[1], parts[3], parts[4]) != (lead, middle, middle, end) or not parts[2]:
+            return None
+        return self.encoder.pieces(parts[2])
+
+    def _joint(self, question: dict[str, Any], begin: str) -> str | None:
+        words = self.word("said")
+        try:
+            answer = self._answer(question, {**self._calls(1), "content": words})
+        except ValueError:
+            return None
+        lead, called, _ = answer.partition(self.word("call0"))
+        _, said, joint = lead.partition(words)
+        return joint.removesuffix(begin) if called and said and joint.endswith(begin) else None
+
+    def _calls(self, count: int) -> dict[str, Any]:
+        functions = [{"name": self.word(f"call{i}"), "arguments": self._arguments(i)} for i in range(count)]
+        calls = [{"type": "function", "id": self.word(f"id{i}"), "function": f} for i, f in enumerate(functions)]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+
+    def _arguments(self, index: int) -> dict[str, str]:
+        return {self.word("key"): self.word(f"value{index}")}
+
+    def _answer(self, question: dict[str, Any], answer: dict[str, Any]) -> str:
+        """The assistant's turn up to its end, in a conversation that goes on behind it."""
+        calls = answer.get("tool_calls", [])
+        names = [(call["id"], call["function"]["name"]) for call in calls]
+        results = [
+            {"role": "tool", "tool_call_id": id_, "name": name, "content": self.word("result")} for id_, name in names
+        ]
+        thanks = {"role": "assistant", "content": self.word("thanks")}
+        before = self.apply([question])
+        whole = self.apply([question, answer, *results, thanks] if results else [question, answer])
+        if not whole.startswith(before) or (results and self.word("result") not in whole):
+            raise ValueError("the template does not keep the order of the conversation")
+        written: list[str] = []
+        for text, control in self.encoder.pieces(whole[len(before) :]):
+            if control is not None and self.is_end(control):
+                return "".join(written)
+            written.append(text)
+        raise ValueError("the template does not end the assistant's turn")
+
+    def _split(self, answer: str, count: int) -> list[str] | None:
+        """What stands around the names and arguments of `count` calls."""
+        parts: list[str] = []
+        for i in range(count):
+            for found in (self.word(f"call{i}"), _as_json(self._arguments(i))):
+                part, there, answer = answer.partition(found)
+                if not there:
+                    return None
+                parts.append(part)
+        # arguments that were rendered twice, or an id that the model would have to make up
+        around = answer + "".join(parts)
+        if any(self.word(f"{kind}{i}") in around for kind in ("call", "id", "value") for i in range(count)):
+            return None
+        return [*parts, answer]
+
+
+def _common(left: str, right: str) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

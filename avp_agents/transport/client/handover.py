@@ -1,0 +1,138 @@
+"""From a server's engine to one in this process: the handshake chooses how, and the context says what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+from weakref import WeakKeyDictionary
+
+from avp_agents.context import Context, TokenSegment
+from avp_agents.engine.crossing import Reread
+from avp_agents.errors import HandshakeError
+from avp_agents.projection.thought import SpokenMessage, Thought
+from avp_agents.protocol.handshake import CrossingMode, Decision, Shipment, handshake
+from avp_agents.store.base import AnyHandle
+from avp_agents.transport.client.remote_context import RemoteContext
+from avp_agents.transport.client.remote_engine import RemoteEngine
+from avp_agents.transport.wire import API
+from avp_agents.usage import Handoff
+
+if TYPE_CHECKING:
+    from avp_agents.engine.latent_engine import LatentEngine
+
+TEXT_TOKENS = 256
+_MEASURED_POSITIONS = 256
+_MEASURED_TIMES = 3
+
+_prefill_rates: WeakKeyDictionary[LatentEngine, float] = WeakKeyDictionary()
+
+
+def hand_over(
+    context: Context | AnyHandle,
+    source: RemoteEngine,
+    target: LatentEngine,
+    *,
+    mode: CrossingMode | None = None,
+    scope: str | None = None,
+    reread: Reread = True,
+    text_tokens: int = TEXT_TOKENS,
+) -> Context:
+    """A context of `target` that goes on from one on a server.
+
+    Args:
+        context: One of the server's, or its handle.
+        source: The server.
+        target: The engine that goes on.
+        mode: How; by default as the handshake chooses for the measured link and prefill speed.
+        scope: The scope that a handle must have been minted for.
+        reread: Which text the source read is read again, where only a thought crosses.
+        text_tokens: Most tokens of the source's text, where only text crosses.
+
+    Returns:
+        The context. Its `handoff` tells mode, reason, bytes and milliseconds of the crossing. After ``"kv"`` it has
+        its KV-cache, else the target prefills its lineage when it is used.
+
+    Raises:
+        HandshakeError: The two models cannot use that mode.
+        ContextLostError: The server does not have the context.
+    """
+    remote = context if isinstance(context, RemoteContext) else source.resolve(_as_handle(context, source), scope=scope)
+    assert isinstance(remote, RemoteContext)
+    decision = _decide(remote, source, target, mode)
+    before, started = _moved(source), time.perf_counter()
+    crossed = _cross(remote, source, target, decision.mode, reread, text_tokens)
+    handoff = Handoff(
+        mode=decision.mode,
+        reason=decision.reason,
+        bytes=_moved(source) - before,
+        milliseconds=1e3 * (time.perf_counter() - started),
+    )
+    crossed.attach(handoff=handoff)
+    return crossed
+
+
+def prefill_rate(engine: LatentEngine, context: Context) -> float:
+    """Positions per second that an engine prefills, measured once on ids of this context's.
+
+    A prefill of so few positions is slower per position than a long one, so for long contexts this is cautious.
+    """
+    if engine not in _prefill_rates:
+        ids = context.token_ids() or (0,)
+        ids = (ids * (_MEASURED_POSITIONS // len(ids) + 1))[:_MEASURED_POSITIONS]
+        # each time in another order: equal beginnings are not computed again
+        orders = [ids[turn:] + ids[:turn] for turn in range(1, 1 + _MEASURED_TIMES)]
+        _prefill_rates[engine] = max(_rate(engine, order) for order in orders)
+    return _prefill_rates[engine]
+
+
+def _rate(engine: LatentEngine, ids: tuple[int, ...]) -> float:
+    usage = engine.replay(Context(engine.fingerprint, engine.dtype, (TokenSegment(ids),))).usage
+    assert usage is not None, "what an engine made says what it cost"
+    return (usage.prompt_tokens - usage.positions_reused) / max(usage.prefill_seconds, 1e-6)
+
+
+def _decide(remote: RemoteContext, source: RemoteEngine, target: LatentEngine, mode: CrossingMode | None) -> Decision:
+    theirs = source.info.hello
+    ours = target.crossing.hello()
+    shaken = handshake(theirs, ours)
+    if mode is not None:
+        if mode not in shaken.modes:
+            raise HandshakeError(f"{theirs.model} and {ours.model} can use {', '.join(shaken.modes)}, not {mode}.")
+        return Decision(mode, "asked for")
+    if "kv" in shaken.modes:
+        shaken = handshake(theirs, replace(ours, prefill_rate=prefill_rate(target, remote)))
+    return shaken.choose(Shipment(len(remote), remote.nbytes, remote.kv_bytes), source.link())
+
+
+def _cross(
+    remote: RemoteContext,
+    source: RemoteEngine,
+    target: LatentEngine,
+    mode: CrossingMode,
+    reread: Reread,
+    text_tokens: int,
+) -> Context:
+    if mode in ("kv", "replay"):
+        fetched = source.fetch(remote, kv=mode == "kv")
+        # of the same weights in another dtype the target makes its own when it uses it
+        return target.accept(fetched) if fetched.dtype == target.dtype else fetched
+    if mode == "projection":
+        how = "all" if reread == "all" else str(reread).lower()
+        path = f"{API}/contexts/{quote(remote.reference, safe='')}/thought"
+        thought = Thought.decode(source.connection.get_bytes(path, {"reread": how}))
+    else:
+        told = source.generate([], context=remote, max_tokens=text_tokens)
+        spoken = SpokenMessage("assistant", told.text)
+        thought = Thought(remote.fingerprint, remote.recipe_id, (), (spoken,))
+    return target.crossing.project(thought)
+
+
+def _as_handle(context: Context | AnyHandle, source: RemoteEngine) -> AnyHandle:
+    """A local context is sent first; anything else is a handle."""
+    return source.send(context).reference if isinstance(context, Context) else context  # pyright: ignore
+
+
+def _moved(source: RemoteEngine) -> int:
+    return source.connection.bytes_sent + source.connection.bytes_received

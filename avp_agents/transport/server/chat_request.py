@@ -1,0 +1,135 @@
+"""What a client of the OpenAI-compatible endpoint asks for. What the engine does not have is refused, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from avp_agents.errors import ConfigurationError, ModelNotFoundError, PromptError
+from avp_agents.transport.json_fields import Fields
+from avp_agents.transport.problems import Refusal
+
+HANDLE_FIELD = "avp_context"
+"""Where a request names a context, a message says which one it stands for, and an answer tells its own."""
+
+_MAX_TOP_LOGPROBS = 20
+_ENGINE_OPTIONS = (("top_k", int), ("min_p", float), ("repetition_penalty", float), ("min_tokens", int))
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", HANDLE_FIELD})
+_IGNORED_IN_MESSAGES = frozenset({"refusal", "annotations", "audio", "function_call", "reasoning_content"})
+"""What clients send back of an answer that they got; it must be empty, or is not part of a prompt."""
+
+# Options of which the engine has one value only: that one may be asked for.
+_ONLY: dict[str, Any] = {
+    "n": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tools": [],
+    "store": False,
+    "service_tier": "auto",
+}
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A chat completion that was asked for.
+
+    Attributes:
+        messages: For the engine; those that stand for a context have its handle in ``avp_context``.
+        handle: A context to answer on; untrusted.
+        scope: Where handles are minted and honoured: the request's ``user``.
+        options: For `Engine.astream`.
+        stream: Whether to answer with events.
+        include_usage: Whether an event at the end tells the usage.
+        logprobs: Whether to tell log-probabilities.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    handle: Any
+    scope: str
+    options: dict[str, Any]
+    stream: bool
+    include_usage: bool
+    logprobs: bool
+
+
+def read_chat_request(fields: Fields, model: str) -> ChatRequest:
+    """Read a request's body.
+
+    Args:
+        fields: Untrusted.
+        model: The name that this server's model goes by.
+
+    Raises:
+        ConfigurationError: An option is malformed, unknown, or one that the engine does not have.
+        PromptError: A message is malformed.
+        Refusal: 404, another model.
+    """
+    asked = fields.require("model", str)
+    if asked != model:
+        error = ModelNotFoundError(f"This server has the model {model!r}, not {asked[:100]!r}.")
+        raise Refusal(404, error, code="model_not_found")
+    messages = [_read_message(i, message) for i, message in enumerate(fields.require("messages", list))]
+    stream, stream_options = fields.get("stream", bool, False), fields.get("stream_options", dict)
+    logprobs, options = _read_options(fields)
+    scope, handle = fields.get("user", str, ""), fields.anything(HANDLE_FIELD)
+    for name, value in _ONLY.items():
+        if (given := fields.anything(name)) not in (None, value):
+            raise ConfigurationError(f"{name}={str(given)[:60]!r} is not supported here, only {value!r}.")
+    fields.end()
+    return ChatRequest(messages, handle, scope, options, stream, _include_usage(stream, stream_options), logprobs)
+
+
+def _read_options(fields: Fields) -> tuple[bool, dict[str, Any]]:
+    """Whether log-probabilities are to be told, and the engine's options. OpenAI's defaults hold."""
+    most, old_most = fields.get("max_completion_tokens", int), fields.get("max_tokens", int)
+    logprobs, top = fields.get("logprobs", bool, False), fields.get("top_logprobs", int)
+    if top is not None and not (logprobs and 0 <= top <= _MAX_TOP_LOGPROBS):
+        raise ConfigurationError(f"top_logprobs is 0 to {_MAX_TOP_LOGPROBS}, and needs logprobs=true.")
+    options: dict[str, Any] = {
+        "max_tokens": most if most is not None else old_most,
+        "temperature": fields.get("temperature", float, 1.0),
+        "top_p": fields.get("top_p", float, 1.0),
+        "seed": fields.get("seed", int),
+        "stop": _read_stop(fields.anything("stop")),
+        "logprobs": (top or 0) if logprobs else None,
+        "chat_template_kwargs": fields.get("chat_template_kwargs", dict),
+    }
+    options |= {name: fields.get(name, kind) for name, kind in _ENGINE_OPTIONS}
+    return logprobs, {name: value for name, value in options.items() if value is not None}
+
+
+def _read_stop(value: object) -> str | list[str] | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(string, str) for string in value):
+        return value
+    raise ConfigurationError("'stop' must be a string or a list of strings.")
+
+
+def _include_usage(stream: bool, stream_options: dict[str, Any] | None) -> bool:
+    if stream_options is None:
+        return False
+    if not stream:
+        raise ConfigurationError("stream_options needs stream=true.")
+    options = Fields(stream_options, "stream_options")
+    include, obfuscation = options.get("include_usage", bool, False), options.get("include_obfuscation", bool, False)
+    options.end()
+    if obfuscation:
+        raise ConfigurationError("include_obfuscation is not supported here.")
+    return include
+
+
+def _read_message(index: int, data: object) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise PromptError(f"Message {index} must be an object with 'role' and 'content'.")
+    for name, value in data.items():
+        if name not in _MESSAGE_FIELDS and (value or name not in _IGNORED_IN_MESSAGES):
+            raise PromptError(f"Message {index} has a field that is not supported here: {name[:60]!r}.")
+    message = {name: value for name, value in data.items() if name in _MESSAGE_FIELDS and value is not None}
+    if message.get("role") == "developer":
+        message["role"] = "system"
+    return {"content": None} | message

@@ -1,0 +1,70 @@
+"""What the projection's tests share: the prompt tests' tokenizers, and engines of other weights in one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avp_agents import LatentEngine, MemoryStore, Namespace
+
+sys.path.append(str(Path(__file__).parent.parent / "engine"))
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Engines of one process, on one store.
+
+    Attributes:
+        source: The one that thinks.
+        target: Other weights and sizes, as engines are by default.
+        projecting: As `target`, with vectors.
+        other_dtype: The source's weights in another dtype.
+    """
+
+    source: LatentEngine
+    target: LatentEngine
+    projecting: LatentEngine
+    other_dtype: LatentEngine
+
+
+@pytest.fixture(scope="session")
+def qwen_path() -> Path:
+    """The folder of Qwen2.5-Coder-0.5B-Instruct."""
+    folder = os.environ.get("AVP_TEST_QWEN")
+    if not folder or not Path(folder, "config.json").is_file():
+        pytest.skip(
+            "set AVP_TEST_QWEN to a folder with Qwen2.5-Coder-0.5B-Instruct "
+            "(hf download Qwen/Qwen2.5-Coder-0.5B-Instruct --local-dir FOLDER)"
+        )
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """Tiny random models with one tokenizer; all are loaded."""
+    from tiny_models import TinyModels
+
+    tiny = TinyModels(tmp_path_factory.mktemp("tiny-models"))
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_pool_bytes": 8 * 2**20}
+    options["store"] = MemoryStore(namespace=Namespace("projection-tests", b"k" * 32))
+    llama, qwen = tiny.path("llama"), tiny.path("qwen2", seed=1)
+    with ExitStack() as opened:
+        made = [
+            opened.enter_context(LatentEngine.from_pretrained(path, **options | own))
+            for path, own in (
+                (llama, {}),
+                (qwen, {}),
+                (qwen, {"project_vectors": True}),
+                (llama, {"dtype": "bfloat16"}),
+            )
+        ]
+        for engine in made:
+            engine.load()
+        yield Engines(*made)
