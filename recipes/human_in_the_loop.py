@@ -47,8 +47,8 @@ def main() -> None:
     said, rest = (Command(resume=" ".join(sys.argv[2:])), ()) if "--answer" in sys.argv[1:2] else (None, sys.argv[1:])
     with SqliteSaver.from_conn_string(str(DATABASE)) as saver:
         saved = build_graph(AvpChatModel(max_tokens=96)).compile(checkpointer=saver)
-        task = {"messages": [HumanMessage(" ".join(rest) or "Plan a weekend in Rome.")]}
-        result = saved.invoke(said or task, {"configurable": {"thread_id": "rome"}})
+        task: Any = {"messages": [HumanMessage(" ".join(rest) or "Plan a weekend in Rome.")]}
+        result: dict[str, Any] = saved.invoke(said or task, {"configurable": {"thread_id": "rome"}})
     if waiting := result.get("__interrupt__"):
         print(f"{waiting[0].value}  (go on with --answer ...)")
         return

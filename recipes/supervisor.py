@@ -43,7 +43,8 @@ def build_graph(model: AvpChatModel) -> CompiledStateGraph:
             "required": ["next"],
         }
         question = f"{state['messages'][0].text}\n\nDone: {', '.join(done) or 'nothing'}. Who works next?"
-        return Command(goto=model.with_structured_output(schema).invoke(question)["next"])
+        choice: Any = model.with_structured_output(schema).invoke(question)
+        return Command(goto=choice["next"])
 
     graph = StateGraph(State)
     graph.add_node("supervisor", supervise, destinations=(*WORKERS, "writer"))

@@ -22,15 +22,14 @@ def get_weather(city: str) -> str:
 
 
 @wrap_model_call
-def look_first(request: Any, handler: Any) -> Any:
-    """Small models rarely choose to call a tool: the first answer has to be a call."""
-    if not any(isinstance(message, ToolMessage) for message in request.messages):
-        request = request.override(tool_choice="any")
-    return handler(request)
+def look_once(request: Any, handler: Any) -> Any:
+    """Small models choose badly between a call and an answer: the first turn has to be a call, the next an answer."""
+    looked = any(isinstance(message, ToolMessage) for message in request.messages)
+    return handler(request.override(tool_choice="none" if looked else "any"))
 
 
 def build_agent(model: AvpChatModel) -> Any:
-    return create_agent(model, [get_weather], middleware=[look_first, AvpMiddleware()])
+    return create_agent(model, [get_weather], middleware=[look_once, AvpMiddleware()])
 
 
 graph = build_agent(AvpChatModel(max_tokens=64))

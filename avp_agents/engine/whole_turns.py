@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PARAGRAPH = "\n\n"
+_NOTHING: tuple[int, ...] = ()
 
 
 class WholeTurns:
@@ -44,13 +45,13 @@ class WholeTurns:
         self._tokenizer, self._encoder, self._renderer = tokenizer, encoder, renderer
         self._stop_ids = frozenset(stop_ids)
         self.bos = encoder.raw_prefix
-        before, after = renderer.around_user_content() if renderer is not None else ((), ())
+        before, after = renderer.around_user_content() if renderer is not None else (_NOTHING, _NOTHING)
         controls = [i for i, id_ in enumerate(before) if id_ in encoder.control_ids]
         if controls:
             self.end = before[: controls[0] + 1]
             self.gap = before[controls[0] + 1 : controls[1]] if len(controls) > 1 else ()
         else:
-            self.end, self.gap = encoder.encode(_PARAGRAPH, continued=True), ()
+            self.end, self.gap = encoder.encode(_PARAGRAPH, continued=True), _NOTHING
         self._header = before[len(self.end) + len(self.gap) :]
         ended = after.index(self.end[-1]) + 1 if self.end[-1] in after else len(after)
         self._opening = after[ended:]

@@ -5,7 +5,8 @@ is then asked the question. The arms differ in what it gets, and are paired per 
 
     text                    what the source decoded about it, as text; not the paragraph
     reread + vector         the paragraph, read again, and the source's thought as a vector
-    reread                  the paragraph, read again
+    reread                  the paragraph, read again, in the same places (an empty answer stands where the vector was)
+    reread as messages      the paragraph as a message before the question: what engines do unless told otherwise
     reread + other vector   the paragraph, and the thought about another paragraph (control)
     vector                  the thought alone
     other vector            the thought about another paragraph alone (control)
@@ -33,11 +34,12 @@ from avp_agents.projection.thought import SpokenMessage, Thought
 STEPS = 20
 ANSWER_TOKENS = 12
 TEXT_TOKENS = 64
-ARMS = ("text", "reread + vector", "reread", "reread + other vector", "vector", "other vector")
+ARMS = ("text", "reread as messages", "reread + vector", "reread", "reread + other vector", "vector", "other vector")
 COMPARED = (
     ("reread + vector", "reread"),
+    ("reread + vector", "reread as messages"),
     ("reread + vector", "reread + other vector"),
-    ("reread", "text"),
+    ("reread as messages", "text"),
     ("vector", "other vector"),
 )
 ALPHA = 0.05
@@ -119,6 +121,7 @@ class Comprehension:
         p_values = {f"{one} / {other}": mcnemar_p(right[one], right[other]) for one, other in COMPARED}
         adjusted = holm(p_values)
         better = sum(right["reread + vector"]) > sum(right["reread"])
+        adds = better and adjusted["reread + vector / reread"] < ALPHA
         return {
             "source": self._source.model_path,
             "target": self._target.model_path,
@@ -137,7 +140,7 @@ class Comprehension:
             "wilson_95": {arm: wilson(sum(verdicts), len(verdicts)) for arm, verdicts in right.items()},
             "mcnemar_p": p_values,
             "holm_p": adjusted,
-            "vector_adds": better and adjusted["reread + vector / reread"] < ALPHA,
+            "vector_adds": adds,
             "answers": answers,
         }
 
@@ -151,8 +154,11 @@ class Comprehension:
 
     def _answer(self, arm: str, index: int, said: Sequence[Said]) -> str:
         """The target's answer to an item's question."""
-        context = self._handed(arm, said[index], said[(index + len(said) // 2) % len(said)])
-        question = _ASK.format(question=self._items[index].question)
+        question, own = _ASK.format(question=self._items[index].question), said[index]
+        if arm == "reread as messages":
+            messages = [*(message.to_chat() for message in own.thought.messages), {"role": "user", "content": question}]
+            return self._target.generate(messages, max_tokens=ANSWER_TOKENS).text
+        context = self._handed(arm, own, said[(index + len(said) // 2) % len(said)])
         return self._target.generate(question, context=context, max_tokens=ANSWER_TOKENS).text
 
     def _handed(self, arm: str, own: Said, other: Said) -> Context:

@@ -45,7 +45,8 @@ class TranscriptReader:
         """All messages of a context in order, what the model itself said last included; empty ones are left out.
 
         Without a chat template it is one user message. Where the template gives system prompts no turn of their own, a
-        first user message of several paragraphs may begin with one, which cannot be told; it is called a system message.
+        first user message of several paragraphs may begin with one. That cannot be told, so it is called a system
+        message.
         """
         text = self._text(context.token_ids())
         if self._delimiters is None:

@@ -33,7 +33,7 @@ _DIMENSIONS = {
     "values": 3, "hidden_states": 2, "text": 1,
 }  # fmt: skip
 _READOUT = ("readout_hidden", "readout_tokens", "readout_probabilities")
-_METHODS = ("soft", "ridge", "rescale")
+_METHODS = ("soft", "ridge", "rescale", "projection")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 2**48
 _DEEPEST_SPLICE = 32

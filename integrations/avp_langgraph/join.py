@@ -69,7 +69,8 @@ class JoinNode(RunnableLambda[Any, dict[str, Any]]):
                 f"Unknown strategy {strategy!r}; choose one of {', '.join(get_args(JoinStrategy))}."
             )
         self._model = model if isinstance(model, AvpChatModel) else AvpChatModel(engine=model)
-        self._contexts, self._strategy, self._key = contexts, strategy, key
+        self._strategy: JoinStrategy = strategy
+        self._contexts, self._key = contexts, key
         super().__init__(self._run, afunc=self._arun, name=type(self).__name__)
 
     def _run(self, state: Any, config: RunnableConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class ContextAgentState(AgentState[Any]):
     contexts: NotRequired[Annotated[Contexts, merge_contexts]]
 
 
-class AvpMiddleware(AgentMiddleware[ContextAgentState, Any, Any]):
+class AvpMiddleware(AgentMiddleware[Any, Any, Any]):
     """Lets an agent answer on a context from its state, and puts the context of each of its answers there.
 
     Within one conversation the messages carry their contexts themselves; the channel is for contexts that come from

@@ -19,7 +19,7 @@ Contexts = dict[str, ContextHandleState | None]
 """Handles by key (a node's or branch's name); None marks one that was taken back."""
 
 
-Key = str | Callable[[Any], str] | None
+Key = str | Callable[[Any], str | None] | None
 """A key of `contexts`, or a function that makes it from the state: branches that `Send` starts need one each."""
 
 

@@ -6,32 +6,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines_of_two_models import Engines
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))
-
-
-@dataclass(frozen=True)
-class Engines:
-    """Engines of one process, on one store.
-
-    Attributes:
-        source: The one that thinks.
-        target: Other weights and sizes, as engines are by default.
-        projecting: As `target`, with vectors.
-        other_dtype: The source's weights in another dtype.
-    """
-
-    source: LatentEngine
-    target: LatentEngine
-    projecting: LatentEngine
-    other_dtype: LatentEngine
 
 
 @pytest.fixture(scope="session")
@@ -55,16 +38,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_pool_bytes": 8 * 2**20}
     options["store"] = MemoryStore(namespace=Namespace("projection-tests", b"k" * 32))
     llama, qwen = tiny.path("llama"), tiny.path("qwen2", seed=1)
+    variants: tuple[tuple[str, dict[str, Any]], ...] = (
+        (llama, {}),
+        (qwen, {}),
+        (qwen, {"project_vectors": True}),
+        (llama, {"dtype": "bfloat16"}),
+    )
     with ExitStack() as opened:
-        made = [
-            opened.enter_context(LatentEngine.from_pretrained(path, **options | own))
-            for path, own in (
-                (llama, {}),
-                (qwen, {}),
-                (qwen, {"project_vectors": True}),
-                (llama, {"dtype": "bfloat16"}),
-            )
-        ]
+        made = [opened.enter_context(LatentEngine.from_pretrained(path, **options | own)) for path, own in variants]
         for engine in made:
             engine.load()
         yield Engines(*made)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Engines
+from engines_of_two_models import Engines
 
 from avp_agents import LatentEngine
 from avp_agents.context import Context, LatentSegment, TokenSegment
@@ -34,7 +34,7 @@ def plain_thought(engines: Engines) -> Context:
 
 def text_of(engine: LatentEngine, context: Context) -> str:
     """The tokens of a lineage as text."""
-    return engine._runtime.tokenizer.decode(context.token_ids())  # pyright: ignore[reportReturnType]
+    return engine._runtime.tokenizer.decode(list(context.token_ids()))  # pyright: ignore[reportReturnType]
 
 
 def test_the_text_is_read_again_by_default(engines: Engines, thought: Context) -> None:

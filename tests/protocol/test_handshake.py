@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avp_agents.errors import AvpError, HandshakeError
+from avp_agents.errors import HandshakeError
 from avp_agents.protocol.handshake import (
     IN_PROCESS,
     MODES,
@@ -160,10 +161,8 @@ _JSON = st.recursive(
 def test_no_input_escapes_as_another_error(given_data: Any) -> None:
     """Any JSON data, and a hello with any JSON in one of its fields."""
     data = SOURCE.to_wire() | {given_data[0]: given_data[1]} if isinstance(given_data, tuple) else given_data
-    try:
+    with contextlib.suppress(HandshakeError):
         Hello.from_wire(data)
-    except AvpError as error:
-        assert isinstance(error, HandshakeError)
 
 
 def test_a_link_is_learnt_from_transfers() -> None:

@@ -18,6 +18,7 @@ from avp_agents.transport.wire import API, OFFSET_HEADER
 
 PIECE_BYTES = 2**24
 _CONTINUATIONS = 5
+_PAUSE_SECONDS = 0.1
 
 
 def fetch_context(connection: Connection, handle_id: str, *, kv: bool, scope: str | None = None) -> Context:
@@ -74,6 +75,8 @@ def send_context(connection: Connection, context: Context, *, kv: bool) -> Any:
             # what the server refuses, it will refuse again
             if type(error) is not TransportError or failures > _CONTINUATIONS:
                 raise
+            # the server may not have noticed yet that the last piece broke off
+            time.sleep(_PAUSE_SECONDS * failures)
             answer = Fields(connection.ask("GET", path))
         offset = answer.require("offset", int)
         if (described := answer.get("context", dict)) is not None:

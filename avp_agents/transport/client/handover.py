@@ -17,7 +17,7 @@ from avp_agents.store.base import AnyHandle
 from avp_agents.transport.client.remote_context import RemoteContext
 from avp_agents.transport.client.remote_engine import RemoteEngine
 from avp_agents.transport.wire import API
-from avp_agents.usage import Handoff
+from avp_agents.usage import Handoff, HandoffMode
 
 if TYPE_CHECKING:
     from avp_agents.engine.latent_engine import LatentEngine
@@ -30,7 +30,7 @@ _prefill_rates: WeakKeyDictionary[LatentEngine, float] = WeakKeyDictionary()
 
 
 def hand_over(
-    context: Context | AnyHandle,
+    context: RemoteContext | AnyHandle,
     source: RemoteEngine,
     target: LatentEngine,
     *,
@@ -58,14 +58,17 @@ def hand_over(
         HandshakeError: The two models cannot use that mode.
         ContextLostError: The server does not have the context.
     """
-    remote = context if isinstance(context, RemoteContext) else source.resolve(_as_handle(context, source), scope=scope)
-    assert isinstance(remote, RemoteContext)
+    remote = context if isinstance(context, RemoteContext) else source.resolve(context, scope=scope)
     decision = _decide(remote, source, target, mode)
     before, started = _moved(source), time.perf_counter()
-    crossed = _cross(remote, source, target, decision.mode, reread, text_tokens)
+    if decision.mode == "projection":
+        crossed, done, why = _project(remote, source, target, reread, text_tokens, asked=mode is not None)
+    else:
+        crossed = _cross(remote, source, target, decision.mode, text_tokens)
+        done, why = decision.mode, decision.reason
     handoff = Handoff(
-        mode=decision.mode,
-        reason=decision.reason,
+        mode=done,
+        reason=why if why == decision.reason else f"{decision.reason}; {why}",
         bytes=_moved(source) - before,
         milliseconds=1e3 * (time.perf_counter() - started),
     )
@@ -111,27 +114,36 @@ def _cross(
     source: RemoteEngine,
     target: LatentEngine,
     mode: CrossingMode,
-    reread: Reread,
     text_tokens: int,
 ) -> Context:
     if mode in ("kv", "replay"):
         fetched = source.fetch(remote, kv=mode == "kv")
         # of the same weights in another dtype the target makes its own when it uses it
         return target.accept(fetched) if fetched.dtype == target.dtype else fetched
-    if mode == "projection":
-        how = "all" if reread == "all" else str(reread).lower()
-        path = f"{API}/contexts/{quote(remote.reference, safe='')}/thought"
-        thought = Thought.decode(source.connection.get_bytes(path, {"reread": how}))
-    else:
-        told = source.generate([], context=remote, max_tokens=text_tokens)
-        spoken = SpokenMessage("assistant", told.text)
-        thought = Thought(remote.fingerprint, remote.recipe_id, (), (spoken,))
-    return target.crossing.project(thought)
+    told = source.generate([], context=remote, max_tokens=text_tokens)
+    spoken = SpokenMessage("assistant", told.text)
+    return target.crossing.project(Thought(remote.fingerprint, remote.recipe_id, (), (spoken,)))
 
 
-def _as_handle(context: Context | AnyHandle, source: RemoteEngine) -> AnyHandle:
-    """A local context is sent first; anything else is a handle."""
-    return source.send(context).reference if isinstance(context, Context) else context  # pyright: ignore
+def _project(
+    remote: RemoteContext,
+    source: RemoteEngine,
+    target: LatentEngine,
+    reread: Reread,
+    text_tokens: int,
+    *,
+    asked: bool,
+) -> tuple[Context, HandoffMode, str]:
+    """The thought's text, and (where the caller asked for it, or the target's engine is so set) its vector."""
+    how = "all" if reread == "all" else str(reread).lower()
+    path = f"{API}/contexts/{quote(remote.reference, safe='')}/thought"
+    thought = Thought.decode(source.connection.get_bytes(path, {"reread": how}))
+    if asked and thought.distributions:
+        return target.crossing.project(thought), "projection", "with its vector"
+    choice = target.crossing.choose(thought)
+    if choice.mode == "text":
+        return _cross(remote, source, target, "text", text_tokens), "text", choice.reason
+    return target.crossing.project(choice.thought), choice.mode, choice.reason
 
 
 def _moved(source: RemoteEngine) -> int:

@@ -143,7 +143,7 @@ class RemoteEngine:
 
     def think(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
-    ) -> Context:
+    ) -> RemoteContext:
         """See `LatentEngine.think`."""
         return self._work("think", self._asking(prompt, context, options) | {"steps": steps}, prompt, context)
 
@@ -163,7 +163,7 @@ class RemoteEngine:
             for event in events:
                 yield self._chunk(event, prompt, context)
 
-    def replay(self, context: Context) -> Context:
+    def replay(self, context: Context) -> RemoteContext:
         """See `LatentEngine.replay`."""
         return self._work("replay", {"context": self._reference(context)}, [], context)
 
@@ -174,12 +174,12 @@ class RemoteEngine:
         strategy: JoinStrategy = "replay",
         timeout: float | None = None,
         source: str = "",
-    ) -> Context:
+    ) -> RemoteContext:
         """See `LatentEngine.join`."""
         body = self._joining(contexts, strategy, timeout, source)
         return self._work("join", body, [{"context": context} for context in contexts], None)
 
-    def resolve(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
+    def resolve(self, handle: AnyHandle, *, scope: str | None = None) -> RemoteContext:
         """See `LatentEngine.resolve`."""
         query = "" if scope is None else f"?scope={quote(scope, safe='')}"
         path = f"{API}/contexts/{quote(id_of_handle(handle), safe='')}{query}"
@@ -187,7 +187,7 @@ class RemoteEngine:
 
     async def athink(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
-    ) -> Context:
+    ) -> RemoteContext:
         """Asynchronous `think`; cancelling the task frees the sequence."""
         await self._greeted()
         body = await asyncio.to_thread(self._asking, prompt, context, options)
@@ -210,7 +210,7 @@ class RemoteEngine:
             async for event in events:
                 yield self._chunk(event, prompt, context)
 
-    async def areplay(self, context: Context) -> Context:
+    async def areplay(self, context: Context) -> RemoteContext:
         """Asynchronous `replay`."""
         body = {"context": await asyncio.to_thread(self._reference, context)}
         return await self._awork("replay", body, [], context)
@@ -222,12 +222,12 @@ class RemoteEngine:
         strategy: JoinStrategy = "replay",
         timeout: float | None = None,
         source: str = "",
-    ) -> Context:
+    ) -> RemoteContext:
         """Asynchronous `join`."""
         body = await asyncio.to_thread(self._joining, contexts, strategy, timeout, source)
         return await self._awork("join", body, [{"context": context} for context in contexts], None)
 
-    async def aresolve(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
+    async def aresolve(self, handle: AnyHandle, *, scope: str | None = None) -> RemoteContext:
         """Asynchronous `resolve`."""
         return await asyncio.to_thread(self.resolve, handle, scope=scope)
 
@@ -248,7 +248,7 @@ class RemoteEngine:
         handle = self._reference(context) if isinstance(context, Context) else id_of_handle(context)
         return fetch_context(self.connection, handle, kv=kv, scope=scope)
 
-    def send(self, context: Context, *, kv: bool = False) -> Context:
+    def send(self, context: Context, *, kv: bool = False) -> RemoteContext:
         """Send a context that an engine in this process made; the result stands for it on the server.
 
         Args:
@@ -275,7 +275,7 @@ class RemoteEngine:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _work(self, what: str, body: Json, prompt: Prompt, context: Context | None) -> Context:
+    def _work(self, what: str, body: Json, prompt: Prompt, context: Context | None) -> RemoteContext:
         """A request that is answered with a context."""
         request_id = _request_id()
         try:
@@ -285,7 +285,7 @@ class RemoteEngine:
             raise
         return self._remote(answer, self._named(prompt, context))
 
-    async def _awork(self, what: str, body: Json, prompt: Prompt, context: Context | None) -> Context:
+    async def _awork(self, what: str, body: Json, prompt: Prompt, context: Context | None) -> RemoteContext:
         request_id = _request_id()
         async with cancelling(self.connection, request_id):
             answer = await self.connection.aask("POST", f"{API}/{what}", body, request_id=request_id)

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -55,7 +56,11 @@ def create_app(engine_for: EngineFor, *, model: str, access: Access, limits: Ser
         sessions=SessionTable(),
         model=model,
     )
-    app = Starlette(routes=_routes(service), lifespan=lambda _: _lifespan(service))
+    app = Starlette(
+        routes=_routes(service),
+        exception_handlers={HTTPException: _leave_to_gate},
+        lifespan=lambda _: _lifespan(service),
+    )
     app.add_middleware(Gate, access=access, limits=allowed, throttle=service.throttle, metrics=service.metrics)
     app.state.service = service
     return app
@@ -116,6 +121,11 @@ class _Endpoint:
         scope["avp_route"] = self._name
         response = await self._handler(Request(scope, receive, send))
         await response(scope, receive, send)
+
+
+async def _leave_to_gate(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods are errors like all others."""
+    raise error
 
 
 async def _health(request: Request) -> ASGIApp:

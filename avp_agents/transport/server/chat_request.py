@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from avp_agents.engine.grammar import Grammar
 from avp_agents.errors import ConfigurationError, ModelNotFoundError, PromptError
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.problems import Refusal
@@ -25,7 +26,6 @@ _ONLY: dict[str, Any] = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "logit_bias": {},
-    "response_format": {"type": "text"},
     "modalities": ["text"],
     "tools": [],
     "store": False,
@@ -96,10 +96,27 @@ def _read_options(fields: Fields) -> tuple[bool, dict[str, Any]]:
         "seed": fields.get("seed", int),
         "stop": _read_stop(fields.anything("stop")),
         "logprobs": (top or 0) if logprobs else None,
+        "grammar": _read_response_format(fields.get("response_format", dict)),
         "chat_template_kwargs": fields.get("chat_template_kwargs", dict),
     }
     options |= {name: fields.get(name, kind) for name, kind in _ENGINE_OPTIONS}
     return logprobs, {name: value for name, value in options.items() if value is not None}
+
+
+def _read_response_format(data: dict[str, Any] | None) -> Grammar | None:
+    """Plain text, any JSON object, or JSON of a schema."""
+    if data is None:
+        return None
+    fields = Fields(data, "response_format")
+    kind, described = fields.require("type", str), fields.get("json_schema", dict)
+    fields.end()
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Grammar.json_schema({"type": "object"})
+    if kind != "json_schema" or described is None:
+        raise ConfigurationError("response_format's type is text, json_object, or json_schema with a 'json_schema'.")
+    return Grammar.json_schema(described.get("schema") or {}, strict=described.get("strict") is True)
 
 
 def _read_stop(value: object) -> str | list[str] | None:

@@ -40,7 +40,8 @@ class HandshakeRoutes:
         said = fields.get("hello", dict)
         fields.end()
         remote = Hello.from_wire(said) if said is not None else None
-        ours = await asyncio.to_thread(tenant.engine.crossing.hello)
+        hello, rate = tenant.engine.crossing.hello, self._service.prefill_rate
+        ours = await asyncio.to_thread(hello, prefill_rate=rate)
         session = self._service.sessions.open(tenant.name, ours, remote) if remote is not None else None
         return JSONResponse(self._answer(tenant, ours, session))
 

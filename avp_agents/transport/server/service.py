@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +16,9 @@ from avp_agents.transport.server.metrics import Metrics
 from avp_agents.transport.server.tenants import Tenant, Tenants
 from avp_agents.transport.server.uploads import Uploads
 from avp_agents.usage import Usage
+
+_TELLING_POSITIONS = 64
+"""Shorter prefills say little about long ones."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,12 @@ class Service:
     sessions: SessionTable
     model: str
     metrics: Metrics = field(default_factory=Metrics)
+    _prefill_rates: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Positions per second that the engine prefilled lately; None before it prefilled anything long enough."""
+        return median(self._prefill_rates) if self._prefill_rates else None
 
     async def tenant(self, request: Request) -> Tenant:
         """Whose request it is; the gate has checked the token."""
@@ -64,5 +75,8 @@ class Service:
             "latent": usage.latent_steps,
             "completion": usage.completion_tokens,
         }
+        fed = usage.prompt_tokens - usage.positions_reused
+        if fed >= _TELLING_POSITIONS and usage.prefill_seconds > 0:
+            self._prefill_rates.append(fed / usage.prefill_seconds)
         for kind, count in counts.items():
             self.metrics.count("positions", count, kind=kind)
