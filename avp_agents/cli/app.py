@@ -12,6 +12,7 @@ from avp_agents.cli.bench import bench
 from avp_agents.cli.console import print_error
 from avp_agents.cli.demo import demo
 from avp_agents.cli.doctor import doctor
+from avp_agents.cli.inspect import inspect
 from avp_agents.cli.quality import bench_quality, report
 from avp_agents.cli.serve import add_token, serve
 from avp_agents.errors import AvpError
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(doctor)
+app.command()(inspect)
 app.command()(serve)
 app.command("add-token")(add_token)
 app.command()(report)

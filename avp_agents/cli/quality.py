@@ -18,7 +18,7 @@ from avp_agents.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from avp_agents.engine.latent_engine import LatentEngine
-    from avp_agents.evals.quality.arms import Arm
+    from avp_agents.evals.quality.arms import Arm, Project
     from avp_agents.evals.quality.summary import Summary
 
 N = TypeVar("N", int, float)
@@ -28,9 +28,12 @@ def bench_quality(
     task: Annotated[str, typer.Argument(help="humaneval, gsm8k, math, debugbench, hotpotqa or comprehension.")],
     model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
     source: Annotated[str | None, typer.Option(help="The researchers' model in cross-model modes.")] = None,
-    modes: Annotated[str, typer.Option(help="Comma-separated; see --help of the page in docs/quality.md.")] = (
-        "direct,latent,text,prefill,shuffled"
-    ),
+    modes: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: direct, latent, text, prefill, shuffled, text-capped, projection, text-cross-model."
+        ),
+    ] = ("direct,latent,text,prefill,shuffled"),
     team: Annotated[str, typer.Option(help="pair, chain or fan-in.")] = "pair",
     data: Annotated[Path | None, typer.Option(help="A local copy of the task, as JSON lines.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="How many problems, from the first.")] = None,
@@ -107,8 +110,10 @@ def _engine(opened: ExitStack, model: str | None, dtype: str, device: str | None
     )
 
 
-def _projection(source: LatentEngine | None, target: LatentEngine) -> Any:
-    return None
+def _projection(source: LatentEngine | None, target: LatentEngine) -> Project | None:
+    if source is None:
+        return None
+    return lambda thought: target.crossing.project(source.crossing.express(thought))
 
 
 def _arms(modes: str, steps: str, method: str, renormalise: str, temperature: str, strategy: str) -> list[Arm]:

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import xxhash
 
 from avp_agents.errors import FrameError, FrameIntegrityError
 from avp_agents.protocol.frame_decoding import check_head
 from avp_agents.protocol.frame_encoding import CHUNK_BYTES
-from avp_agents.protocol.frame_layout import DIGEST_BYTES, HEADER_BYTES, FrameLayout, Header
+from avp_agents.protocol.frame_layout import DIGEST_BYTES, HEADER_BYTES, VERSION, FrameLayout, Header
 from avp_agents.protocol.frame_mac import MAC_BYTES, tail_mac
 from avp_agents.protocol.frame_metadata import unpack_metadata
 from avp_agents.protocol.limits import DEFAULT_LIMITS, Limits
@@ -74,6 +74,30 @@ class FrameReport:
     authentic: bool | None
     verified: bool
     bytes_read: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON data."""
+        header, metadata = self.layout.header, self.layout.metadata
+        described = metadata.to_fields()
+        places = zip(described["sections"], self.layout.offsets, self.digests, strict=True)
+        return {
+            "version": VERSION,
+            "kind": metadata.kind,
+            "fingerprint": metadata.fingerprint,
+            "dtype": metadata.dtype,
+            "positions": metadata.positions,
+            "kv_positions": metadata.kv_positions,
+            "layers": metadata.layers,
+            "bytes": header.frame_bytes,
+            "head_bytes": header.head_bytes,
+            "metadata_bytes": header.metadata_bytes,
+            "kv_authenticated": header.kv_authenticated,
+            "authentic": self.authentic,
+            "verified": self.verified,
+            "bytes_read": self.bytes_read,
+            "sections": [section | {"offset": at, "xxh3_128": digest} for section, at, digest in places],
+            "splices": described.get("splices"),
+        }
 
 
 def inspect_frame(

@@ -132,6 +132,15 @@ class Metadata:
         _check_model(self)
         {"context": _check_context, "hidden_states": _check_single, "text": _check_single}[self.kind](self)
 
+    def to_fields(self) -> dict[str, Any]:
+        """The map that the metadata is."""
+        fields = {"kind": self.kind, "sections": [_packed(section) for section in self.sections]}
+        if self.fingerprint is not None:
+            fields |= {"fingerprint": self.fingerprint, "dtype": self.dtype}
+        if self.splices is not None:
+            fields["splices"] = [_packed_splice(part) for part in self.splices]
+        return fields
+
     @property
     def positions(self) -> int:
         """Positions of the lineage; 0 where there is none."""
@@ -155,12 +164,7 @@ def aligned(offset: int) -> int:
 
 def pack_metadata(metadata: Metadata) -> bytes:
     """The metadata's bytes."""
-    fields = {"kind": metadata.kind, "sections": [_packed(section) for section in metadata.sections]}
-    if metadata.fingerprint is not None:
-        fields |= {"fingerprint": metadata.fingerprint, "dtype": metadata.dtype}
-    if metadata.splices is not None:
-        fields["splices"] = [_packed_splice(part) for part in metadata.splices]
-    return cast(bytes, msgpack.packb(fields))
+    return cast(bytes, msgpack.packb(metadata.to_fields()))
 
 
 def unpack_metadata(data: bytes | memoryview, limits: Limits) -> Metadata:

@@ -25,7 +25,7 @@ class ToolCalling:
     """The tools of one request.
 
     Args:
-        tools: What the model is shown, under names of their own.
+        tools: What the model is shown, under names of their own; a tool that is given twice is shown once.
         choice: Whether it may call them.
         only: With ``"any"``, the name of the one tool that it must call.
         parallel: Whether an answer may hold several calls. By default it may where the model chooses freely, and holds
@@ -50,14 +50,15 @@ class ToolCalling:
         parallel: bool | None = None,
         answer: Mapping[str, Any] | None = None,
     ) -> None:
-        names = [tool.name for tool in tools]
+        different = [tool for i, tool in enumerate(tools) if tool not in tools[:i]]
+        names = [tool.name for tool in different]
         if not names:
             raise ConfigurationError("There are no tools to call; pass at least one.")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigurationError(f"Two tools are called {twice[0]!r}; give them different names.")
         if only is not None and only not in names:
             raise ConfigurationError(f"There is no tool {only!r} to call; the tools are {', '.join(names)}.")
-        self.tools, self.choice, self.only = tuple(tools), choice, only
+        self.tools, self.choice, self.only = tuple(different), choice, only
         self.parallel = choice == "auto" if parallel is None else parallel
         self.answer = answer
 

@@ -11,6 +11,8 @@ from avp_agents.engine.tool_format import ToolDefinition
 from avp_agents.errors import ConfigurationError
 
 _NAME = re.compile(r"[\w.:-]{1,128}")
+_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_VALUES = ("const", "enum", "default", "examples")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ToolSpec:
 
     @classmethod
     def from_definition(cls, definition: ToolDefinition) -> ToolSpec:
-        """The tool of a definition as OpenAI's API and chat templates take it.
+        """The tool of a definition as OpenAI's API and chat templates take it; titles in its schema are left out.
 
         Args:
             definition: ``{"type": "function", "function": {...}}``, or the inner dict.
@@ -59,7 +61,7 @@ class ToolSpec:
         return cls(
             name=function["name"],
             description=function.get("description") or "",
-            parameters=function.get("parameters") or {"type": "object", "properties": {}},
+            parameters=_untitled(function.get("parameters") or {"type": "object", "properties": {}}),
             strict=bool(function.get("strict", False)),
         )
 
@@ -67,3 +69,21 @@ class ToolSpec:
         """As chat templates take it."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
+
+
+def _untitled(schema: Any, *, is_map: bool = False) -> Any:
+    """A schema without the titles that pydantic writes: they repeat the names.
+
+    Args:
+        schema: A schema or a part of one.
+        is_map: Its keys are names, not keywords.
+    """
+    if isinstance(schema, list):
+        return [_untitled(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value if key in _VALUES and not is_map else _untitled(value, is_map=key in _MAPS and not is_map)
+        for key, value in schema.items()
+        if is_map or key != "title" or not isinstance(value, str)
+    }

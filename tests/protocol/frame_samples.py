@@ -51,9 +51,9 @@ def tokens(count: int) -> dict[str, Any]:
     return {"kind": "tokens", "dtype": "int32", "shape": [count], "bytes": 4 * count}
 
 
-def context_metadata(sections: Sequence[Any], **changes: Any) -> dict[str, Any]:
+def context_metadata(sections: list[Any], **changes: Any) -> dict[str, Any]:
     """The metadata of a context."""
-    return {"kind": "context", "fingerprint": FINGERPRINT, "dtype": "float32", "sections": list(sections), **changes}
+    return {"kind": "context", "fingerprint": FINGERPRINT, "dtype": "float32", "sections": sections, **changes}
 
 
 def keys(layer: int, shape: Sequence[int], size: int, kind: str = "keys", **more: Any) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import avp
+import avp  # pyright: ignore[reportMissingImports]
 import torch
-from avp.connectors.huggingface import HuggingFaceConnector
+from avp.connectors.huggingface import HuggingFaceConnector  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file, save_file
 
 connector: Any = None

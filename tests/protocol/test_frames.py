@@ -60,6 +60,10 @@ def through_chunks(frame: EncodedFrame, _: Path) -> Frame:
     return reader.finish()
 
 
+def one_layer(tensor: torch.Tensor) -> HostKv:
+    return HostKv(((tensor, tensor),))
+
+
 WAYS = (through_memory, through_bytes, through_a_mapped_file, through_chunks)
 Way = Callable[[EncodedFrame, Path], Frame]
 
@@ -214,14 +218,14 @@ class TestCompression:
             )
 
     def test_int8_of_zeros_is_zeros(self) -> None:
-        context = make_context(tokens=4, steps=0, kv_short=None).with_kv(HostKv(((torch.zeros(1, 4, 2),) * 2,)))
+        context = make_context(tokens=4, steps=0, kv_short=None).with_kv(one_layer(torch.zeros(1, 4, 2)))
 
         found = decode_context(open_frame(encode_context(context, key=KEY, int8=True).assemble(), key=KEY))
 
         assert_same_kv(found, context)
 
     def test_int8_needs_finite_values(self, context: Context) -> None:
-        context = context.with_kv(HostKv(((torch.full((1, 4, 2), float("nan")),) * 2,)))
+        context = context.with_kv(one_layer(torch.full((1, 4, 2), float("nan"))))
 
         with pytest.raises(ConfigurationError, match="not finite"):
             encode_context(context, key=KEY, int8=True)
@@ -257,10 +261,10 @@ def test_what_the_format_cannot_carry_is_refused_by_the_sender(context: Context)
     refuses("lineage", lineage=(), readout=None)
     refuses(r"0 \.\. 2\*\*31", lineage=(TokenSegment((2**31,)),))
     refuses(r"0 \.\. 2\*\*31", lineage=(TokenSegment((-1,)),))
-    too_long = context.with_kv(HostKv(((torch.zeros(1, 99, 2),) * 2,)))
+    too_long = context.with_kv(one_layer(torch.zeros(1, 99, 2)))
     with pytest.raises(ConfigurationError, match="not longer than its lineage"):
         encode_context(too_long, key=KEY)
-    batched = context.with_kv(HostKv(((torch.zeros(2, 1, 4, 2),) * 2,)))
+    batched = context.with_kv(one_layer(torch.zeros(2, 1, 4, 2)))
     with pytest.raises(ConfigurationError, match="heads, positions, head_dim"):
         encode_context(batched, key=KEY)
     with pytest.raises(ConfigurationError, match="surrogates"):

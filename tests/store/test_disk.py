@@ -349,7 +349,7 @@ def test_a_context_s_own_ancestors_are_not_evicted_for_it(tmp_path: Path) -> Non
     parent = make_context(tokens=400, steps=0, kv_short=None)
     probe = disk_store(tmp_path / "probe")
     probe.put(parent)
-    store = disk_store(tmp_path / "store", byte_budget=probe.stats().lineage_bytes + 500)
+    store = disk_store(tmp_path / "store", byte_budget=probe.stats().lineage_bytes + 400)
     store.put(parent)
     other = store.put(make_context(seed=5, tokens=10, steps=0, kv_short=None))
 

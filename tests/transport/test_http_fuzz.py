@@ -44,7 +44,8 @@ def objects(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 messages = st.lists(
     objects(
-        role=st.sampled_from(["user", "assistant", "system", "tool"]), content=st.text(max_size=12), tool_calls=anything,
+        role=st.sampled_from(["user", "assistant", "system", "tool"]), content=st.text(max_size=12),
+        tool_calls=anything,
         context=st.just(HANDLE), avp_context=st.just(HANDLE), name=st.text(max_size=4),
     ),
     max_size=3,
@@ -52,7 +53,8 @@ messages = st.lists(
 options = objects(
     max_tokens=st.integers(1, 3), temperature=st.floats(0, 2), top_p=st.floats(0.1, 1), seed=st.integers(),
     stop=st.lists(st.text(min_size=1, max_size=3), max_size=2), logprobs=st.integers(0, 3), grammar=anything,
-    chat_template_kwargs=anything, tools=anything, timeout=st.floats(0.1, 5), stop_token_ids=st.lists(st.integers(0, 9)),
+    chat_template_kwargs=anything, tools=anything, timeout=st.floats(0.1, 5),
+    stop_token_ids=st.lists(st.integers(0, 9)),
 )  # fmt: skip
 BODIES: dict[str, st.SearchStrategy[Any]] = {
     f"{API}/think": objects(prompt=st.text(max_size=9) | messages, steps=st.integers(1, 3), context=st.just(HANDLE),

@@ -129,7 +129,10 @@ def test_slow_clients_time_out(impatient: str) -> None:
         assert others_are_served(impatient)
         assert slow_header.recv(100) == b"", "the connection is closed"
 
-    post = f"POST {API}/think HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer token-of-one\r\nContent-Length: 99\r\n\r\n"
+    post = (
+        f"POST {API}/think HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer token-of-one\r\n"
+        "Content-Length: 99\r\n\r\n"
+    )
     with raw_connection(impatient, post + '{"prompt"') as half_open:
         assert others_are_served(impatient)
         assert b" 408 " in half_open.recv(1000)

@@ -45,16 +45,16 @@ class BreakingTransport(httpx.BaseTransport):
     """Breaks every frame that is downloaded, and every other piece that is uploaded, off after so many bytes."""
 
     def __init__(self, after: int, times: int) -> None:
-        self._transport, self._after, self.left = httpx.HTTPTransport(), after, times
+        self._transport, self.after, self.left = httpx.HTTPTransport(), after, times
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if self.left and request.method == "PATCH":
             self.left -= 1
-            request.stream = BreakingStream(request.stream, self._after)
+            request.stream = BreakingStream(request.stream, self.after)
         response = self._transport.handle_request(request)
         if self.left and request.url.path.endswith("/frame"):
             self.left -= 1
-            response.stream = BreakingStream(response.stream, self._after)
+            response.stream = BreakingStream(response.stream, self.after)
         return response
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ def test_transfers_that_break_off_go_on(
         fetched = shaky.fetch(there, kv=True)
         assert breaking.left == 0
         assert same_values(fetched, thought)
-        breaking.left = 100
+        breaking.left, breaking.after = 100, 10
         with pytest.raises(TransportError, match="broke off"):
             shaky.fetch(there, kv=True)
     assert remote.resolve(there.reference).recipe_id == thought.recipe_id

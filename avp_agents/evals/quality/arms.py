@@ -32,8 +32,8 @@ MODES: tuple[str, ...] = (
     "direct", "latent", "text", "prefill", "shuffled", "text-capped", "projection", "text-cross-model",
 )  # fmt: skip
 CROSS_MODEL = ("projection", "text-cross-model")
-Project = Callable[[Context, Sequence[dict[str, str]]], Context]
-"""Makes a context of the solver's model of a source's context and of the messages that the source read."""
+Project = Callable[[Context], Context]
+"""Makes a context of the solver's model of a context of the source's."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,7 @@ class Bench:
         if self.source is None or self.project is None:
             raise ConfigurationError("The arm projection needs a second model: pass --source.")
         thought, stages = self._think(self.source, arm, item, arm.steps)
-        read = [{"role": "user", "content": item.question}]
-        context = self.project(thought, read)
-        return self._solved(item, context, stages, None, seed)
+        return self._solved(item, self.project(thought), stages, None, seed)
 
     def _on_notes(self, arm: Arm, item: Item, seed: int) -> Answer:
         engine = self.engine
