@@ -30,19 +30,21 @@ from avp_agents.transport import RemoteEngine
 from avp_agents.transport.client import hand_over
 
 REPORT = (
-    "The lighthouse on Gull Island was built in 1871 by the engineer Martha Lindqvist, after three ships had been lost on "
-    "the reef in a single winter. Its first lamp burned whale oil, and two keepers carried the oil up one hundred and "
-    "forty steps every evening. In 1902 the lamp was changed to acetylene, which burned brighter and needed one keeper "
-    "only. The last keeper, Jonas Aber, lived on the island with his wife and a dog until 1958, when the light was "
-    "connected to the mainland by a cable and became automatic. The tower is thirty-two metres high and painted in red "
-    "and white bands, so that sailors can tell it from the grey tower at Cape Morrow. A storm in 1987 broke the gallery, "
-    "and the repair took eleven months because stone had to be brought by boat from the quarry at Havn. Since 2004 the "
-    "keeper's house has been a small museum. It shows the old lens, the logbooks of the keepers, and a model of the reef. "
-    "About nine thousand people visit it every summer; in winter the ferry does not run, and the island belongs to the "
-    "birds. The society that owns the museum plans to open the tower itself to visitors, but the stairs would have to be "
-    "made safe first, and the money for that has not been found."
+    "The lighthouse on Gull Island was built in 1871 by the engineer Martha Lindqvist, after three ships had been "
+    "lost on the reef in a single winter. Its first lamp burned whale oil, and two keepers carried the oil up one "
+    "hundred and forty steps every evening. In 1902 the lamp was changed to acetylene, which burned brighter and "
+    "needed one keeper only. The last keeper, Jonas Aber, lived on the island with his wife and a dog until 1958, "
+    "when the light was connected to the mainland by a cable and became automatic. The tower is thirty-two metres "
+    "high and painted in red and white bands, so that sailors can tell it from the grey tower at Cape Morrow. A "
+    "storm in 1987 broke the gallery, and the repair took eleven months because stone had to be brought by boat "
+    "from the quarry at Havn. Since 2004 the keeper's house has been a small museum. It shows the old lens, the "
+    "logbooks of the keepers, and a model of the reef. About nine thousand people visit it every summer; in "
+    "winter the ferry does not run, and the island belongs to the birds. The society that owns the museum plans "
+    "to open the tower itself to visitors, but the stairs would have to be made safe first, and the money for "
+    "that has not been found."
 )
-QUESTION = "Which engineer built the lighthouse on Gull Island?"
+TASK = "Who built the lighthouse, and when?"
+QUESTION = "According to the report, which engineer built the lighthouse?"
 RIGHT = "Lindqvist"
 
 
@@ -105,7 +107,7 @@ def served(model: str | None, port: int) -> Iterator[tuple[str, str]]:
 
 def solve(solver: LatentEngine, source: RemoteEngine, handle: Any, link: str, mode: CrossingMode | None) -> Row:
     """Hand over in one mode and answer."""
-    context = hand_over(handle, source, solver, mode=mode)
+    context = hand_over(handle, source, solver, mode=mode, text_tokens=64)
     answer = solver.generate(QUESTION, context=context, max_tokens=24)
     handoff = context.handoff
     assert handoff is not None
@@ -120,7 +122,7 @@ def compare(researcher: str | None, solver_model: str | None, port: int) -> list
     rows = []
     with served(researcher, port) as (url, token), LatentEngine.from_pretrained(solver_model) as solver:
         with RemoteEngine(url, token=token) as remote:
-            thought = remote.think(f"{REPORT}\n\nRead this report.", steps=20)
+            thought = remote.think(f"Read this report.\n\n{REPORT}\n\n{TASK}", steps=20)
             handle = remote.store.put(thought, agent="researcher")
             for mode in MODES:
                 try:

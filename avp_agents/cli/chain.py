@@ -37,7 +37,7 @@ def bench_chain(
         from avp_agents.store import MemoryStore
 
         with LatentEngine.from_pretrained(model, dtype=dtype, device=device, store=MemoryStore()) as engine:
-            costs = chain.run(engine, range(2, agents + 1), steps=steps, tokens=tokens, report=status.update)
+            costs = chain.run(engine, agents, steps=steps, tokens=tokens, report=status.update)
         if plot is not None:
             chain.save_plot(costs, plot)
     if as_json:

@@ -28,16 +28,26 @@ def inspect(
     namespace: Annotated[
         str | None, typer.Option(help="Check the MAC with this namespace's key (AVP_STORE_KEY, or the key file).")
     ] = None,
-    token: Annotated[str | None, typer.Option(help="Bearer token for a URL.", envvar="AVP_TOKEN")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            help="Bearer token for a URL of `avp-agents serve`, whose MACs are made with it.", envvar="AVP_TOKEN"
+        ),
+    ] = None,
     max_mib: Annotated[int, typer.Option(min=1, help="Refuse larger frames.")] = 16 * 1024,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Say what a frame holds. Exit code 1 where it is no frame, is damaged, or its MAC is another key's."""
     from avp_agents.protocol import Limits, inspect_frame
     from avp_agents.store import Namespace
+    from avp_agents.transport.wire import frame_key
 
     limits = Limits(frame_bytes=max_mib << 20, value_bytes=max_mib << 20)
-    key = None if namespace is None else Namespace.load(namespace).key
+    key = None
+    if namespace is not None:
+        key = Namespace.load(namespace).key
+    elif token is not None and "://" in frame:
+        key = frame_key(token)
     with _source(frame, token) as source:
         report = inspect_frame(source, key=key, verify=verify, limits=limits)
     if as_json:

@@ -137,6 +137,8 @@ class GrammarCompiler:
         """
         if not isinstance(grammar, Grammar):
             raise ConfigurationError(f"grammar must be a Grammar, not {type(grammar).__name__}.")
+        if not self._end_ids:
+            raise ConfigurationError("The model has no end-of-sequence token, so it cannot end where a grammar ends.")
         with self._lock:
             matcher = self._compiled.pop((grammar, after), None) or self._compile(grammar, after)
             self._compiled[grammar, after] = matcher

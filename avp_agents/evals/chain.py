@@ -47,57 +47,62 @@ class ChainCost:
     text_decoded: int
 
 
-def run(
-    engine: Engine, lengths: Sequence[int], *, steps: int, tokens: int, report: Callable[[str], None]
-) -> list[ChainCost]:
-    """Run both chains for every number of agents.
+def run(engine: Engine, longest: int, *, steps: int, tokens: int, report: Callable[[str], None]) -> list[ChainCost]:
+    """Both chains for 2 to `longest` agents.
+
+    A chain's agents do the same as the first ones of a longer chain, but for the last one of a latent chain, which
+    answers. So every agent runs once, and answers once on the context before it.
 
     Args:
         engine: Runs all agents.
-        lengths: Numbers of agents.
+        longest: Agents of the longest chain.
         steps: Latent steps of each agent.
         tokens: Tokens of each text; answers are exactly so long, so that the chains compare.
         report: Told what is run.
 
     Raises:
-        ConfigurationError: A chain has fewer than 1 or more agents than there are roles.
+        ConfigurationError: The chain has fewer than 2 or more agents than there are roles.
     """
-    if wrong := [n for n in lengths if not 1 <= n <= len(ROLES)]:
-        raise ConfigurationError(f"A chain has 1 to {len(ROLES)} agents, not {wrong[0]}.")
-    costs = []
-    for agents in lengths:
-        report(f"{agents} agents")
-        latent = latent_chain(engine, agents, steps=steps, tokens=tokens)
-        text = text_chain(engine, agents, tokens=tokens)
-        costs.append(
-            ChainCost(
-                agents=agents,
-                latent=sum(map(computed, latent)),
-                text=sum(map(computed, text)),
-                latent_decoded=sum(usage.completion_tokens for usage in latent),
-                text_decoded=sum(usage.completion_tokens for usage in text),
-            )
+    if not 2 <= longest <= len(ROLES):
+        raise ConfigurationError(f"A chain has 2 to {len(ROLES)} agents, not {longest}.")
+    latent = latent_chains(engine, longest, steps=steps, tokens=tokens, report=report)
+    text = text_chain(engine, longest, tokens=tokens, report=report)
+    return [
+        ChainCost(
+            agents=agents,
+            latent=sum(map(computed, latent[agents - 1])),
+            text=sum(map(computed, text[:agents])),
+            latent_decoded=sum(usage.completion_tokens for usage in latent[agents - 1]),
+            text_decoded=sum(usage.completion_tokens for usage in text[:agents]),
         )
-    return costs
+        for agents in range(2, longest + 1)
+    ]
 
 
-def latent_chain(engine: Engine, agents: int, *, steps: int, tokens: int) -> list[Usage]:
-    """What each agent cost: all think on the context before them, and the last one answers on its own."""
-    usages: list[Usage] = []
+def latent_chains(
+    engine: Engine, longest: int, *, steps: int, tokens: int, report: Callable[[str], None]
+) -> list[list[Usage]]:
+    """What each agent cost in chains of 1 to `longest`: all but the last one think, and the last one answers."""
+    chains: list[list[Usage]] = []
+    thoughts: list[Usage] = []
     context: Context | None = None
-    for role in ROLES[: agents - 1]:
-        context = engine.think(_prompt(role, first=context is None), steps=steps, context=context)
-        usages.append(context.usage or Usage())
-    prompt = _prompt(ROLES[agents - 1], first=context is None)
-    answer = engine.generate(prompt, context=context, max_tokens=tokens, min_tokens=tokens)
-    return [*usages, answer.usage]
+    for number, role in enumerate(ROLES[:longest], start=1):
+        report(f"Contexts handed on: agent {number} of {longest}")
+        prompt = _prompt(role, first=context is None)
+        answer = engine.generate(prompt, context=context, max_tokens=tokens, min_tokens=tokens)
+        chains.append([*thoughts, answer.usage])
+        del answer  # its KV-cache would serve the thought that follows
+        context = engine.think(prompt, steps=steps, context=context)
+        thoughts.append(context.usage or Usage())
+    return chains
 
 
-def text_chain(engine: Engine, agents: int, *, tokens: int) -> list[Usage]:
+def text_chain(engine: Engine, longest: int, *, tokens: int, report: Callable[[str], None]) -> list[Usage]:
     """What each agent cost: all read what was written before them, and write."""
     usages: list[Usage] = []
     written: list[Message] = []
-    for role in ROLES[:agents]:
+    for number, role in enumerate(ROLES[:longest], start=1):
+        report(f"Text handed on: agent {number} of {longest}")
         prompt = [*_prompt(role, first=True), *written]
         answer = engine.generate(prompt, max_tokens=tokens, min_tokens=tokens)
         usages.append(answer.usage)

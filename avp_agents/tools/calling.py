@@ -109,7 +109,8 @@ class ToolCalling:
 
     def parser(self, tool_format: ToolFormat) -> ToolCallParser:
         """Reads the answer."""
-        return ToolCallParser(tool_format, [tool.name for tool in self.tools] if self.choice == "auto" else ())
+        is_free = self.choice == "auto" and self.answer is None
+        return ToolCallParser(tool_format, [tool.name for tool in self.tools] if is_free else ())
 
     def _start(self, tool_format: ToolFormat) -> list[str]:
         more = tool_format.between

@@ -16,6 +16,7 @@ from avp_agents.cli import app
 from avp_agents.protocol import encode_context
 from avp_agents.store import Namespace
 from avp_agents.testing.contexts import make_context
+from avp_agents.transport.wire import frame_key
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Serves a frame: with ranges at /frame, without at /whole, behind a token at /private."""
 
     frame = b""
-    sent = 0
+    served: bytes | None = None
 
     def do_GET(self) -> None:
         if self.path == "/elsewhere":
@@ -48,10 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range", ""))
         start = int(asked[1]) if asked and self.path != "/whole" else 0
-        body = self.frame[start:]
+        frame = self.served or self.frame
+        body = frame[start:]
         self.send_response(200 if self.path == "/whole" else 206)
         if self.path != "/whole":
-            self.send_header("content-range", f"bytes {start}-{len(self.frame) - 1}/{len(self.frame)}")
+            self.send_header("content-range", f"bytes {start}-{len(frame) - 1}/{len(frame)}")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         try:
@@ -111,7 +113,16 @@ def test_another_namespace_is_told_apart(file: Path) -> None:
 
 def test_a_url_may_want_a_token(url: str) -> None:
     assert "--token" in run(url + "/private", code=1)
-    assert json.loads(run(url + "/private", "--token", "secret", "--json"))["kind"] == "context"
+    found = json.loads(run(url + "/private", "--token", "secret", "--namespace", "team", "--json"))
+    assert found["authentic"] is True
+
+
+def test_frames_of_a_server_are_checked_with_the_token(url: str) -> None:
+    assert "DOES NOT MATCH" in run(url + "/private", "--token", "secret", code=1)
+    with pytest.MonkeyPatch.context() as patch:
+        served = encode_context(make_context(tokens=500), key=frame_key("secret"))
+        patch.setattr(_Handler, "served", bytes(served.assemble()))
+        assert "matches; it covers" in run(url + "/private", "--token", "secret", "--verify")
 
 
 @pytest.mark.parametrize(

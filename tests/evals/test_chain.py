@@ -19,7 +19,7 @@ from avp_agents.evals import chain
 def costs(smollm2_path: Path) -> list[chain.ChainCost]:
     store = MemoryStore(namespace=Namespace("chain-tests", b"k" * 32))
     with LatentEngine.from_pretrained(str(smollm2_path), dtype="float32", device="cpu", store=store) as engine:
-        return chain.run(engine, (2, 3, 4), steps=2, tokens=3, report=lambda line: None)
+        return chain.run(engine, 4, steps=2, tokens=3, report=lambda line: None)
 
 
 def second_differences(values: list[int]) -> list[int]:
@@ -51,9 +51,9 @@ def test_the_plot(costs: list[chain.ChainCost], tmp_path: Path, ending: str) -> 
 
 
 def test_there_are_eight_roles() -> None:
-    for agents in (0, 9):
-        with pytest.raises(ConfigurationError, match="1 to 8 agents"):
-            chain.run(None, [agents], steps=1, tokens=1, report=print)  # pyright: ignore[reportArgumentType]
+    for agents in (1, 9):
+        with pytest.raises(ConfigurationError, match="2 to 8 agents"):
+            chain.run(None, agents, steps=1, tokens=1, report=print)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_command_prints_json(costs: list[chain.ChainCost], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -95,7 +95,7 @@ class TestAttacks:
         for layers, positions in ((300_000, 0), (2**32 - 1, 0), (300_000, 1)):
             header = struct.pack("<IIIIB", layers, 1, 1, positions, 0)
             metadata = fields(payload_type=1, checksum=zlib.crc32(header))
-            with quickly(), pytest.raises((ForeignMessageError, FrameLimitError), match="empty|sections"):
+            with quickly(), pytest.raises((ForeignMessageError, FrameLimitError), match=r"empty|sections"):
                 kv_of(decode_message(message_of(metadata, header, 4)))
 
     def test_metadata_that_ends_behind_the_message(self) -> None:
@@ -266,7 +266,5 @@ def test_altered_messages_are_read_or_refused(changes: list[tuple[int, int]]) ->
     data = bytearray(GOOD)
     for offset, byte in changes:
         data[offset] = byte
-    try:
+    with suppress(AvpError):
         kv_of(decode_message(data))
-    except AvpError:
-        pass
