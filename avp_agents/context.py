@@ -90,8 +90,9 @@ class LatentSegment:
     Attributes:
         embeddings: ``[steps, hidden]``, in the model's dtype, on the CPU.
         recipe: How they were made.
-        origin: Which lineage they were made behind, where that is not the one that stands before them: they were
-            joined to it from another context. A recipe id of that context; None where they were made in place.
+        origin: Which lineage they were made behind, where that is not the one that stands before them, because they
+            were joined to it from another context: 64 hex digits, a digest of that context's recipe up to them. None
+            where they were made in place.
     """
 
     embeddings: torch.Tensor

@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -64,6 +64,10 @@ class Grammar:
     kind: GrammarKind
     source: str
 
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(GrammarKind) or not isinstance(self.source, str):
+            raise GrammarError(f"A grammar is the text of one of {', '.join(get_args(GrammarKind))}.")
+
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any], *, strict: bool = False) -> Grammar:
         """JSON that is valid under `schema`, its properties in the schema's order, without superfluous white space.
@@ -91,6 +95,11 @@ class Grammar:
 def lark_json(schema: Mapping[str, Any], *, strict: bool = False) -> str:
     """A JSON schema as an expression inside a lark grammar; arguments and errors as in `Grammar.json_schema`."""
     return f"%json {_as_json(_with_form(schema, strict))}"
+
+
+def lark_pattern(text: str) -> str:
+    """A pattern that matches just `text`, to stand between the slashes of a lark grammar."""
+    return re.escape(text).replace("/", r"\/").replace(r"\ ", " ")
 
 
 def _with_form(schema: Mapping[str, Any], strict: bool) -> dict[str, Any]:
@@ -154,10 +163,9 @@ class GrammarCompiler:
             self._tokenizer = llguidance.LLTokenizer(self._definition(), eos_token=min(self._end_ids))
         try:
             source = getattr(llguidance.LLMatcher, f"grammar_from_{grammar.kind}")(grammar.source)
+            source = source if after is None else self._behind(after, source)
         except ValueError as error:
             raise GrammarError(f"The {grammar.kind} grammar is malformed: {error}") from error
-        if after is not None:
-            source = self._behind(after, source)
         matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0)
         if matcher.is_error():
             raise GrammarError(f"The {grammar.kind} grammar cannot be followed: {_first_lines(matcher.get_error())}")
@@ -169,7 +177,7 @@ class GrammarCompiler:
         inner[0]["name"] = "answer"
         token_id = self._backend.token_to_id(marker)
         is_control = token_id in self._control_ids
-        head = f"head: /(?s:.*)/ <[{token_id}]>" if is_control else f"head[lazy]: /(?s:.*){re.escape(marker)}/"
+        head = f"head: /(?s:.*)/ <[{token_id}]>" if is_control else f"head[lazy]: /(?s:.*){lark_pattern(marker)}/"
         outer = f"%llguidance {{}}\nstart: head /\\n{{0,2}}/ @answer\n{head}\n"
         return json.dumps({"grammars": [{"lark_grammar": outer}, *inner]})
 

@@ -15,6 +15,7 @@ lineage that they come from (`LatentSegment.origin`): a thought that is made at 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -182,29 +183,21 @@ def _distinct(contexts: Sequence[Context]) -> list[Context]:
 
 
 def _in_one_piece(context: Context) -> Lineage:
-    """A lineage with its splices dissolved; latent steps from the first one on were made behind another lineage."""
-    whole: list[Segment] = []
-    for segment, moved in zip(context.lineage, _moves(context), strict=True):
-        dissolved = any(isinstance(other, SplicedSegment) for other in context.lineage[: len(whole) + 1])
-        whole.append(SplicedSegment(moved, 0) if dissolved else segment)
-    return tuple(leaf for part in whole for leaf in leaves((part,)))
+    """A lineage with its splices dissolved; from the first one on, latent steps were made behind another lineage."""
+    splices = [index for index, segment in enumerate(context.lineage) if isinstance(segment, SplicedSegment)]
+    return (*context.lineage[: splices[0]], *_moved(context, splices[0])) if splices else context.lineage
 
 
-def _moved(context: Context) -> Lineage:
-    """A lineage to stand behind other positions than those it was made behind: its latent steps say where that was."""
-    return tuple(leaf for part in _moves(context) for leaf in part)
-
-
-def _moves(context: Context) -> list[Lineage]:
-    """Per segment its leaves, whose latent steps name their origin."""
-    moves: list[Lineage] = []
-    for recipe_id, segment in zip(context.recipe_ids, context.lineage, strict=True):
-        parts: list[Segment] = []
+def _moved(context: Context, start: int = 0) -> Lineage:
+    """A lineage from segment `start` on, in one piece, to stand behind other positions than those it was made behind:
+    its latent steps say where that was."""
+    moved: list[Segment] = []
+    for recipe_id, segment in list(zip(context.recipe_ids, context.lineage, strict=True))[start:]:
         for number, leaf in enumerate(leaves((segment,))):
-            origin = f"{recipe_id}.{number}"
-            parts.append(replace(leaf, origin=origin) if isinstance(leaf, LatentSegment) else leaf)
-        moves.append(tuple(parts))
-    return moves
+            place = f"{recipe_id}.{number}".encode()
+            origin = hashlib.blake2b(place, digest_size=32).hexdigest()
+            moved.append(replace(leaf, origin=origin) if isinstance(leaf, LatentSegment) else leaf)
+    return tuple(moved)
 
 
 def _behind(lineage: Lineage, positions: int) -> Lineage:

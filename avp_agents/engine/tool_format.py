@@ -14,11 +14,11 @@ with the tools in a system message, and each result in a user message (``Result 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from avp_agents.engine.grammar import lark_pattern
 from avp_agents.engine.prompt_encoder import Piece, PromptEncoder
 
 ToolDefinition = Mapping[str, Any]
@@ -67,8 +67,8 @@ class ToolFormat:
             head, rest, text = f"head: /(?s:.*)/ <[{control}]>", others, "/(?s:.*)/"
         else:
             line, newline, remainder = first.partition("\n")
-            head, rest = f"head[lazy]: /(?s:.*){_in_slashes(line)}/", [(newline + remainder, None), *others]
-            text = f"/(?s:.*)/ & ~/(?s:.*){_in_slashes(line)}(?s:.*)/"
+            head, rest = f"head[lazy]: /(?s:.*){lark_pattern(line)}/", [(newline + remainder, None), *others]
+            text = f"/(?s:.*)/ & ~/(?s:.*){lark_pattern(line)}(?s:.*)/"
         return cls(
             begin=_markup(begin),
             middle=_markup(middle),
@@ -103,10 +103,6 @@ def _markup(pieces: Pieces) -> Markup:
 
 def _lark(pieces: Pieces) -> str:
     return " ".join(json.dumps(text) if control is None else f"<[{control}]>" for text, control in pieces if text)
-
-
-def _in_slashes(text: str) -> str:
-    return re.escape(text).replace("/", r"\/").replace(r"\ ", " ")
 
 
 def _as_json(value: Any) -> str:

@@ -55,8 +55,8 @@ class Constraints:
     ) -> None:
         self._schema, self._strict, self._is_shown = _read_format(response_format)
         self.calling: ToolCalling | None = None
-        if tools:
-            specs = [ToolSpec.from_definition(tool) for tool in tools]
+        if tools or tool_choice not in (None, False, "auto", "none"):
+            specs = [ToolSpec.from_definition(tool) for tool in tools or ()]
             self.calling = ToolCalling.chosen(specs, tool_choice, parallel=parallel, answer=self._schema)
 
     @property

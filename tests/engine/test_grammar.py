@@ -157,7 +157,7 @@ class TestErrors:
             (Grammar.json_schema({"type": "array", "uniqueItems": True}, strict=True), "uniqueItems"),
             (Grammar.regex("("), "regex"),
             (Grammar.lark("start: other"), "other"),
-            (Grammar("json_schema", "{"), "malformed"),
+            (Grammar("json_schema", "{"), "json_schema grammar"),
         ],
     )
     def test_a_grammar_that_cannot_be_followed(
@@ -173,6 +173,11 @@ class TestErrors:
     def test_a_schema_that_is_no_json_data(self) -> None:
         with pytest.raises(GrammarError, match="not JSON data"):
             Grammar.json_schema({"enum": [{1, 2}]})
+
+    def test_a_grammar_of_no_known_kind(self) -> None:
+        kind: Any = "gbnf"
+        with pytest.raises(GrammarError, match="one of json_schema, regex, lark"):
+            Grammar(kind, "root ::= x")
 
     def test_something_else_than_a_grammar(self, compiler: GrammarCompiler) -> None:
         wrong: Any = PERSON

@@ -323,6 +323,7 @@ def test_moved_thoughts_are_not_those_that_are_made_in_place(engine: LatentEngin
     )
 
     assert latent.origin is not None
+    assert len(latent.origin) == 64
     assert in_place.recipe_id not in joined.recipe_ids
 
 

@@ -200,7 +200,7 @@ def run(inputs: int, seed: int) -> dict[str, Any]:
 
 def run_atheris(arguments: list[str]) -> None:
     """Let libFuzzer choose: the first byte says whether the rest is signed."""
-    import atheris  # pyright: ignore[reportMissingImports]
+    import atheris  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
     def one(data: bytes) -> None:
         decode(authentic(data[1:]) if data and data[0] & 1 else data[1:])

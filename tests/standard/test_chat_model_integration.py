@@ -22,8 +22,8 @@ OTHER_MODEL = "the-other-model"
 Detail = Literal["audio_input", "audio_output", "reasoning_output", "cache_read_input", "cache_creation_input"]
 
 
-# Answers that are free text are cut short; calls and JSON end by themselves.
-TEXT_TOKENS, FORMAT_TOKENS = 12, 64
+# Text is cut short, JSON is brought to its end; calls end by themselves.
+TEXT_TOKENS, JSON_TOKENS, CALL_TOKENS = 12, 24, 64
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,9 @@ class TestAvpChatModelIntegration(ChatModelIntegrationTests):
     def _with_engine(self, request: pytest.FixtureRequest) -> None:
         name = request.node.name
         self._engine = request.getfixturevalue("qwen" if "agent_loop" in name else "smollm2")
-        formatted = any(word in name for word in ("tool", "agent", "structured", "json"))
-        self._max_tokens = FORMAT_TOKENS if formatted else TEXT_TOKENS
+        is_json = "structured_output" in name or "json" in name
+        calls = any(word in name for word in ("call", "choice", "agent", "runnables"))
+        self._max_tokens = JSON_TOKENS if is_json else CALL_TOKENS if calls else TEXT_TOKENS
 
     @pytest.fixture(autouse=True)
     def _with_other_model(self, smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

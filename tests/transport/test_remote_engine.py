@@ -12,6 +12,7 @@ from langchain_core.messages import HumanMessage
 from serving import free_port
 
 from avp_agents import Engine, LatentEngine, LatentSegment, MemoryStore, Namespace
+from avp_agents.engine.base import GenerateOptions
 from avp_agents.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -27,7 +28,7 @@ from avp_agents.errors import (
 from avp_agents.transport import RemoteEngine
 from avp_langgraph import AvpChatModel
 
-LONG = {"max_tokens": 900, "min_tokens": 900}
+LONG: GenerateOptions = {"max_tokens": 900, "min_tokens": 900}
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_errors_are_the_engines(remote: RemoteEngine) -> None:
     with pytest.raises(InvalidHandleError):
         remote.resolve("avp:1:nothing")
     with pytest.raises(RequestTimeoutError):
-        remote.generate("x", timeout=0.05, **LONG)
+        remote.generate("x", timeout=0.05, max_tokens=900, min_tokens=900)
 
 
 def test_leaving_a_stream_frees_the_sequence(remote: RemoteEngine, engine: LatentEngine) -> None:

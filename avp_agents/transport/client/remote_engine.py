@@ -104,9 +104,13 @@ class RemoteEngine:
         """Positions the model supports."""
         return self.info.context_window
 
-    @cached_property
+    @property
     def store(self) -> RemoteStore:
         """The server's."""
+        return self._store
+
+    @cached_property
+    def _store(self) -> RemoteStore:
         namespace = RemoteNamespace(self.info.namespace, self.info.tag)
         return RemoteStore(
             self.connection, namespace, self._reference, lambda handle, scope: self.resolve(handle, scope=scope)
