@@ -380,9 +380,7 @@ class LatentEngine:
         """Asynchronous `replay`."""
         scheduler = await asyncio.to_thread(self._started)
         operation = start_operation("replay", self.model_path)
-        return await await_context(
-            scheduler, lambda deliver: self._requests.replaying(context, deliver), operation
-        )
+        return await await_context(scheduler, lambda deliver: self._requests.replaying(context, deliver), operation)
 
     async def ajoin(
         self,
