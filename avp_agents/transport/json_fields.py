@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
@@ -25,9 +26,16 @@ def parse_json(data: bytes | str) -> Any:
         ConfigurationError: It is none, or is nested too deeply.
     """
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, NestingTooDeep) as error:
         raise ConfigurationError(f"The body is not JSON: {error}.") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def _refuse_constant(name: str) -> None:

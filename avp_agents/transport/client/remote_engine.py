@@ -300,7 +300,7 @@ class RemoteEngine:
         return {
             "prompt": prompt_to_json(prompt, reference),
             "context": None if context is None else reference(context),
-            "options": {name: _option_to_json(value) for name, value in options.items() if value is not None},
+            "options": {name: _option_to_json(value) for name, value in options.items()},
         }
 
     def _joining(self, contexts: Sequence[Context], strategy: str, timeout: float | None, source: str) -> Json:

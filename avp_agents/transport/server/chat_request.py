@@ -10,6 +10,7 @@ from avp_agents.engine.grammar import Grammar
 from avp_agents.errors import ConfigurationError, ModelNotFoundError, PromptError
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.problems import Refusal
+from avp_agents.transport.server.options import read_stop
 
 HANDLE_FIELD = "avp_context"
 """Where a request names a context, a message says which one it stands for, and an answer tells its own."""
@@ -94,7 +95,7 @@ def _read_options(fields: Fields) -> tuple[bool, dict[str, Any]]:
         "temperature": fields.get("temperature", float, 1.0),
         "top_p": fields.get("top_p", float, 1.0),
         "seed": fields.get("seed", int),
-        "stop": _read_stop(fields.anything("stop")),
+        "stop": read_stop(fields),
         "logprobs": (top or 0) if logprobs else None,
         "grammar": _read_response_format(fields.get("response_format", dict)),
         "chat_template_kwargs": fields.get("chat_template_kwargs", dict),
@@ -117,14 +118,6 @@ def _read_response_format(data: dict[str, Any] | None) -> Grammar | None:
     if kind != "json_schema" or described is None:
         raise ConfigurationError("response_format's type is text, json_object, or json_schema with a 'json_schema'.")
     return Grammar.json_schema(described.get("schema") or {}, strict=described.get("strict") is True)
-
-
-def _read_stop(value: object) -> str | list[str] | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(string, str) for string in value):
-        return value
-    raise ConfigurationError("'stop' must be a string or a list of strings.")
 
 
 def _include_usage(stream: bool, stream_options: dict[str, Any] | None) -> bool:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterable
 from contextlib import aclosing
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from avp_agents.engine.base import GenerateOptions, ThinkOptions
-from avp_agents.engine.grammar import Grammar, GrammarKind
-from avp_agents.errors import AvpError, ConfigurationError, RequestTimeoutError
+from avp_agents.errors import AvpError, RequestTimeoutError
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.problems import error_json, status_of
 from avp_agents.transport.server.bodies import read_fields
+from avp_agents.transport.server.options import GENERATE_OPTIONS, THINK_OPTIONS, read_options
 from avp_agents.transport.server.service import Service
 from avp_agents.transport.server.streaming import Emit, EventStream, while_connected
 from avp_agents.transport.server.tenants import Tenant
@@ -38,7 +38,7 @@ class EngineRoutes:
         tenant = await self._service.tenant(request)
         fields = await read_fields(request, self._service.limits.body_bytes)
         prompt, given = fields.anything("prompt"), fields.get("context", str)
-        steps, options = fields.get("steps", int, 20), self._options(fields, ThinkOptions.__annotations__, tenant)
+        steps, options = fields.get("steps", int, 20), self._options(fields, THINK_OPTIONS, tenant)
         fields.end()
 
         async def work() -> Json:
@@ -55,7 +55,7 @@ class EngineRoutes:
         tenant = await self._service.tenant(request)
         fields = await read_fields(request, self._service.limits.body_bytes)
         prompt, given = fields.anything("prompt"), fields.get("context", str)
-        options = self._options(fields, GenerateOptions.__annotations__, tenant)
+        options = self._options(fields, GENERATE_OPTIONS, tenant)
         fields.end()
 
         async def produce(emit: Emit) -> None:
@@ -136,18 +136,11 @@ class EngineRoutes:
         tenant = await self._service.tenant(request)
         return JSONResponse({"cancelled": tenant.cancel(request.path_params["request_id"])})
 
-    def _options(self, fields: Fields, known: Any, tenant: Tenant) -> Any:
-        """The engine's options, with a timeout within the server's. Whether values are sound is the engine's check."""
-        options: dict[str, Any] = fields.get("options", dict, {})
-        if unknown := sorted(options.keys() - set(known)):
-            raise ConfigurationError(f"Unknown option {unknown[0][:60]!r}; known options: {', '.join(known)}.")
-        if options.get("grammar") is not None:
-            options["grammar"] = _grammar(options["grammar"])
-        asker = options.get("source") or ""
-        if not isinstance(asker, str):
-            raise ConfigurationError("source must be a string.")
+    def _options(self, fields: Fields, known: Iterable[str], tenant: Tenant) -> Any:
+        """The engine's options, with a timeout within the server's, and a source within the namespace."""
+        options = read_options(fields.get("options", dict, {}), known)
         seconds = self._service.allowed_seconds(options.get("timeout"))
-        return options | {"timeout": seconds, "source": tenant.source(asker)}
+        return options | {"timeout": seconds, "source": tenant.source(options.get("source") or "")}
 
     def _deadline(self) -> Any:
         return _Deadline(self._service.limits.request_seconds)
@@ -167,15 +160,6 @@ class _Deadline:
             await self._timeout.__aexit__(*exc_info)
         except TimeoutError as error:
             raise RequestTimeoutError(f"The request did not finish within {self._seconds:.3g} s.") from error
-
-
-def _grammar(data: object) -> Grammar:
-    fields = Fields(data, "'grammar'")
-    kind, source = fields.require("kind", str), fields.require("source", str)
-    fields.end()
-    if kind not in get_args(GrammarKind):
-        raise ConfigurationError(f"A grammar's kind is one of {', '.join(get_args(GrammarKind))}.")
-    return Grammar(cast("GrammarKind", kind), source)
 
 
 def _event(name: str, data: Json) -> bytes:
