@@ -23,7 +23,7 @@ Detail = Literal["audio_input", "audio_output", "reasoning_output", "cache_read_
 
 
 # Text is cut short, JSON is brought to its end; calls end by themselves.
-TEXT_TOKENS, JSON_TOKENS, CALL_TOKENS = 12, 24, 64
+TEXT_TOKENS, JSON_TOKENS, CALL_TOKENS = 12, 24, 56
 
 
 @pytest.fixture(scope="module")

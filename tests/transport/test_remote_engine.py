@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -226,3 +228,9 @@ def test_a_server_that_cannot_be_used(url: str) -> None:
             remote.think("x")
     with pytest.raises(TransportError, match="token="):
         RemoteEngine("http://user:secret@host")
+
+
+def test_a_client_needs_no_torch() -> None:
+    """Not before somebody looks at latent values."""
+    code = "import sys, avp_agents.transport.client; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -9,7 +9,6 @@ from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
 from avp_agents.context import Context, TokenSegment
-from avp_agents.engine.crossing import Reread
 from avp_agents.errors import HandshakeError
 from avp_agents.projection.thought import SpokenMessage, Thought
 from avp_agents.protocol.handshake import CrossingMode, Decision, Shipment, handshake
@@ -20,6 +19,7 @@ from avp_agents.transport.wire import API
 from avp_agents.usage import Handoff, HandoffMode
 
 if TYPE_CHECKING:
+    from avp_agents.engine.crossing import Reread
     from avp_agents.engine.latent_engine import LatentEngine
 
 TEXT_TOKENS = 256

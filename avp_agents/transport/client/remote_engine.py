@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Self, Unpack
 from urllib.parse import quote
@@ -18,12 +18,13 @@ from avp_agents.context import Context
 from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Message, Prompt, ThinkOptions
 from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
 from avp_agents.errors import RequestTimeoutError, TransportError
-from avp_agents.protocol.handshake import Hello, Link
+from avp_agents.protocol.handshake import Link
 from avp_agents.store.base import AnyHandle, id_of_handle
 from avp_agents.transport.client.connection import Connection, Event, cancelling
 from avp_agents.transport.client.frames import fetch_context, send_context
 from avp_agents.transport.client.remote_context import RemoteContext, remote_context
 from avp_agents.transport.client.remote_store import RemoteNamespace, RemoteStore
+from avp_agents.transport.client.server_info import ServerInfo
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.wire import (
     API,
@@ -32,7 +33,6 @@ from avp_agents.transport.wire import (
     chunk_from_json,
     generation_from_json,
     prompt_to_json,
-    tool_format_from_json,
 )
 
 PROBE_BYTES = 2**18
@@ -354,45 +354,6 @@ class RemoteEngine:
         for recipe_id, handle_id in zip(context.recipe_ids, described.prefix_ids, strict=False):
             namespace.learn(recipe_id, scope or "", handle_id)
         return context
-
-
-@dataclass(frozen=True)
-class ServerInfo:
-    """What a server said of itself.
-
-    Attributes:
-        hello: Its side of the handshake.
-        model: The name of its model.
-        context_window: Positions the model supports.
-        namespace: Name of the namespace that the token opens.
-        tag: What tells that namespace from others of the same name.
-        tool_format: How the model writes tool calls.
-    """
-
-    hello: Hello
-    model: str
-    context_window: int
-    namespace: str
-    tag: str
-    tool_format: ToolFormat
-
-    @classmethod
-    def from_json(cls, data: object) -> ServerInfo:
-        """Read a server's answer.
-
-        Raises:
-            AvpError: It makes no sense.
-        """
-        fields = Fields(data, "The server's answer")
-        namespace = Fields(fields.require("namespace", dict), "The namespace")
-        return cls(
-            hello=Hello.from_wire(fields.require("hello", dict)),
-            model=fields.require("model", str),
-            context_window=fields.require("context_window", int),
-            namespace=namespace.require("name", str),
-            tag=namespace.require("tag", str),
-            tool_format=tool_format_from_json(fields.require("tool_format", dict)),
-        )
 
 
 def _generation(chunks: Sequence[Chunk]) -> Generation:
