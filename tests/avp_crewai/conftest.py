@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 os.environ["CREWAI_DISABLE_TELEMETRY"] = "true"
 os.environ["CREWAI_TRACING_ENABLED"] = "false"
 os.environ["CREWAI_DISABLE_VERSION_CHECK"] = "true"
-os.environ["OTEL_SDK_DISABLED"] = "true"
 
 from crewai.events import crewai_event_bus
 from crewai.events.types.llm_events import (
