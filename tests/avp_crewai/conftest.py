@@ -23,7 +23,7 @@ from crewai.events.types.llm_events import (
     LLMStreamChunkEvent,
 )
 from llm_events import Events
-from scripted_engine import ScriptedEngine
+from scripted_crew_engine import ScriptedEngine
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.store import default_store

@@ -14,7 +14,7 @@ from crewai import Crew
 from crewai.crews.crew_output import CrewOutput
 from crews import agent, crew, kickoff, task
 from llm_events import Events
-from scripted_engine import ScriptedEngine
+from scripted_crew_engine import ScriptedEngine
 
 from avp_agents.errors import ContextLostError, InvalidHandleError
 from avp_crewai import AvpLLM, handover

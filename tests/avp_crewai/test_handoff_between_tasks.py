@@ -10,7 +10,7 @@ from crewai import Process
 from crewai.llms.base_llm import BaseLLM
 from crews import agent, crew, kickoff, task
 from llm_events import Events
-from scripted_engine import ScriptedEngine
+from scripted_crew_engine import ScriptedEngine
 
 from avp_agents.errors import ContextLostError
 

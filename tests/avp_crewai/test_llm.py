@@ -17,7 +17,7 @@ from crewai.utilities.agent_utils import is_context_length_exceeded
 from crews import agent, crew, task
 from llm_events import Events
 from pydantic import BaseModel, Field, ValidationError, field_validator
-from scripted_engine import ScriptedEngine
+from scripted_crew_engine import ScriptedEngine
 
 from avp_agents import LatentEngine
 from avp_agents.errors import ConfigurationError, PromptError

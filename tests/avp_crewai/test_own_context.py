@@ -9,7 +9,7 @@ from crewai.tools import tool
 from crews import agent, crew, kickoff, task
 from llm_events import Events
 from pydantic import BaseModel
-from scripted_engine import ScriptedEngine
+from scripted_crew_engine import ScriptedEngine
 
 from avp_crewai import AvpLLM
 from avp_crewai.messages import Answer, what_follows, what_was_put_in
