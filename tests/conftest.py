@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# torch.compile imports setuptools in an engine's thread, and setuptools replaces distutils for all: better once, here
+import setuptools  # noqa: F401
 from platformdirs import user_cache_path
 
 from avp_agents.models import default_model
