@@ -145,11 +145,11 @@ def find_demo(framework: str) -> Demo:
     Raises:
         ConfigurationError: It is not registered, or the framework is not installed.
     """
-    found = tuple(entry_points(group=ENTRY_POINT_GROUP, name=framework))
+    registered = entry_points(group=ENTRY_POINT_GROUP)
+    found = tuple(registered.select(name=framework))
     if not found:
-        raise ConfigurationError(
-            f"No demo is registered for {framework!r}. Install avp-agents with pip, not only its source folder."
-        )
+        known = ", ".join(sorted(registered.names)) or "none: install avp-agents with pip, not only its source folder"
+        raise ConfigurationError(f"No demo is registered for {framework!r}. Registered: {known}.")
     try:
         return found[0].load()
     except ModuleNotFoundError as error:

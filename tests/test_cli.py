@@ -122,6 +122,13 @@ class TestErrors:
         assert result.stdout == ""
 
 
+    def test_an_unknown_framework_names_the_known_ones(self) -> None:
+        result = runner.invoke(app, ["demo", "--framework", "autogen"])
+
+        assert result.exit_code == 1
+        assert "Registered: crewai, langgraph." in result.stderr
+
+
 class TestDoctor:
     @pytest.mark.usefixtures("smollm2_path")
     def test_says_that_the_demo_can_run(self) -> None:

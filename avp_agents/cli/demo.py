@@ -31,6 +31,7 @@ def demo(
     researcher_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of the researcher that writes text.")
     ] = 256,
+    framework: Annotated[str, typer.Option(help="Whose graph or crew to run: langgraph or crewai.")] = "langgraph",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Run a researcher and a solver twice: handing over a latent context, and handing over text."""
@@ -38,7 +39,7 @@ def demo(
         raise typer.BadParameter("The question is empty.", param_hint="--question")
     request = DemoRequest(question, latent_steps=steps, researcher_tokens=researcher_tokens, max_tokens=max_tokens)
     with contextlib.redirect_stdout(sys.stderr):
-        comparison = _run(find_demo("langgraph"), model, request)
+        comparison = _run(find_demo(framework), model, request)
     if as_json:
         print_json(comparison.to_json())
     else:
