@@ -163,6 +163,17 @@ class Crossing:
         latents = LatentSegment(projection.embeddings.to(loaded.dtype).cpu(), recipe, origin=thought.origin)
         return Context(loaded.fingerprint, loaded.dtype_name, (opening, latents))
 
+    def read(self, thought: Thought) -> Context:
+        """A context of this model that has read a thought's text, and nothing of its vectors.
+
+        It ends with the last message's turn, so that the next prompt goes on as in one conversation with these messages;
+        where the template does not say where a turn ends, it ends in an open assistant turn.
+        """
+        loaded = self._runtime.loaded
+        ids, stop_ids = self._opening(thought.messages), self._runtime.renderer.stop_ids
+        end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] in stop_ids), len(ids))
+        return Context(loaded.fingerprint, loaded.dtype_name, (TokenSegment(ids[:end]),))
+
     def embeddings_of(self, thought: Thought) -> Projection:
         """The thought's distributions as input embeddings of this model.
 

@@ -6,20 +6,34 @@ import asyncio
 import queue
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 from avp_agents.context import Context
 from avp_agents.engine.base import Chunk
-from avp_agents.engine.scheduler import Scheduler
-from avp_agents.engine.sequence import Event, Sequence
+from avp_agents.engine.request import Event
 from avp_agents.tracing import Operation
 from avp_agents.usage import Handoff, Usage
 
-MakeSequence = Callable[[Callable[[Event], None]], Sequence]
+_Sequence = TypeVar("_Sequence")
+_Accepted = TypeVar("_Accepted", contravariant=True)
+
+MakeSequence = Callable[[Callable[[Event], None]], _Sequence]
 """Builds a sequence that delivers its events to the given function."""
 
 
-def wait_for_context(scheduler: Scheduler, make: MakeSequence, operation: Operation) -> Context:
+class Queue(Protocol[_Accepted]):
+    """What runs sequences: a `Scheduler`, or another engine's worker."""
+
+    def submit(self, work: _Accepted, /) -> None:
+        """Queue a sequence."""
+        ...
+
+    def cancel(self, work: _Accepted, /) -> None:
+        """Let a sequence end."""
+        ...
+
+
+def wait_for_context(scheduler: Queue[_Sequence], make: MakeSequence[_Sequence], operation: Operation) -> Context:
     """Submit a sequence and wait for the context that it ends with; an interrupt cancels it."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     with operation:
@@ -31,7 +45,7 @@ def wait_for_context(scheduler: Scheduler, make: MakeSequence, operation: Operat
             scheduler.cancel(sequence)
 
 
-async def await_context(scheduler: Scheduler, make: MakeSequence, operation: Operation) -> Context:
+async def await_context(scheduler: Queue[_Sequence], make: MakeSequence[_Sequence], operation: Operation) -> Context:
     """`wait_for_context` without blocking the loop; cancelling the task cancels the sequence."""
     events = _LoopEvents()
     with operation:
@@ -46,7 +60,7 @@ async def await_context(scheduler: Scheduler, make: MakeSequence, operation: Ope
 class ChunkStream(Iterator[Chunk]):
     """The chunks of one answer. Closing or dropping it ends the request."""
 
-    def __init__(self, scheduler: Scheduler, make: MakeSequence, operation: Operation) -> None:
+    def __init__(self, scheduler: Queue[_Sequence], make: MakeSequence[_Sequence], operation: Operation) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._ended = False
         self._operation = operation
@@ -81,7 +95,9 @@ class ChunkStream(Iterator[Chunk]):
         self._give_up()
 
 
-async def stream_chunks(scheduler: Scheduler, make: MakeSequence, operation: Operation) -> AsyncGenerator[Chunk, None]:
+async def stream_chunks(
+    scheduler: Queue[_Sequence], make: MakeSequence[_Sequence], operation: Operation
+) -> AsyncGenerator[Chunk, None]:
     """`ChunkStream` on an event loop; closing the generator or cancelling its task ends the request."""
     events = _LoopEvents()
     with operation:
@@ -114,7 +130,7 @@ class _LoopEvents:
         return await self._queue.get()
 
 
-def _leave(scheduler: Scheduler, sequence: Sequence, operation: Operation) -> None:
+def _leave(scheduler: Queue[_Sequence], sequence: _Sequence, operation: Operation) -> None:
     scheduler.cancel(sequence)
     operation.end()
 

@@ -9,7 +9,8 @@ import torch
 
 from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment, TokenSegment, prefix_of
 from avp_agents.engine.kv_pool import KvPool, PooledKv, Region
-from avp_agents.engine.sequence import Placement, Sequence
+from avp_agents.engine.request import Placement
+from avp_agents.engine.sequence import Sequence
 
 
 def place(sequence: Sequence, pool: KvPool, *, exact_parents_only: bool) -> tuple[Region, Placement] | None:

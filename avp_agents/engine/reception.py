@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment
+from avp_agents.context import Context
 from avp_agents.engine.base import Message, Prompt
+from avp_agents.engine.casting import in_dtype
 from avp_agents.engine.crossing import Reread
 from avp_agents.engine.directory import find_engine
 from avp_agents.errors import FingerprintMismatchError
@@ -25,8 +26,6 @@ from avp_agents.protocol.handshake import Shipment, handshake
 from avp_agents.usage import Handoff
 
 if TYPE_CHECKING:
-    import torch
-
     from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.engine.model_runtime import ModelRuntime
     from avp_agents.store import ContextStore
@@ -149,7 +148,11 @@ class Reception:
     def _take(self, context: Context) -> _Taken:
         started = time.monotonic()
         if context.fingerprint == self._crossing.fingerprint:
-            made, spoken, handoff = self._cast(context), (), Handoff("replay", "same weights in another dtype")
+            made, spoken, handoff = (
+                in_dtype(context, self._crossing.dtype),
+                (),
+                Handoff("replay", "same weights in another dtype"),
+            )
             size = context.nbytes
         else:
             handoff, thought = self._thought(self._source_of(context), context)
@@ -172,16 +175,6 @@ class Reception:
         answer = source.for_store(self._store).generate([], context=context, max_tokens=TEXT_TOKENS)
         return Thought(context.fingerprint, context.recipe_id, (), (SpokenMessage("assistant", answer.text),))
 
-    def _cast(self, context: Context) -> Context:
-        import torch
-
-        dtype = getattr(torch, self._crossing.dtype)
-        lineage = tuple(_cast_segment(segment, dtype) for segment in context.lineage)
-        readout = context.readout
-        if readout is not None:
-            readout = replace(readout, hidden=readout.hidden.to(dtype))
-        return Context(context.fingerprint, self._crossing.dtype, lineage, readout)
-
 
 def _context_of(message: Mapping[str, Any]) -> Context | None:
     context = message.get("context")
@@ -197,11 +190,3 @@ def _all_of(handoffs: Sequence[Handoff]) -> Handoff:
     *others, last = handoffs
     notes = tuple(f"another context of this request: {other.mode}: {other.reason}" for other in others)
     return replace(last, notes=notes)
-
-
-def _cast_segment(segment: Segment, dtype: torch.dtype) -> Segment:
-    if isinstance(segment, LatentSegment):
-        return replace(segment, embeddings=segment.embeddings.to(dtype))
-    if isinstance(segment, SplicedSegment):
-        return replace(segment, segments=tuple(_cast_segment(inner, dtype) for inner in segment.segments))
-    return segment

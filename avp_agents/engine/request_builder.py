@@ -16,8 +16,9 @@ from avp_agents.engine.model_runtime import ModelRuntime
 from avp_agents.engine.prompt import PromptPlan
 from avp_agents.engine.reasoning import CLOSING, ReasoningSplit
 from avp_agents.engine.reception import Reception
+from avp_agents.engine.request import Event, Request
 from avp_agents.engine.sampling import RowSampler, SamplingParams
-from avp_agents.engine.sequence import Answering, Event, Replaying, Request, Thinking
+from avp_agents.engine.sequence import Answering, Replaying, Thinking
 from avp_agents.engine.stopping import TextStream
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, StoreError
 from avp_agents.kv_cache import HostKv
