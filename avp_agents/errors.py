@@ -33,6 +33,8 @@ AvpError
     ├── ContextLostError          no tier holds the context any more
     ├── IntegrityError            stored bytes do not match their MAC
     ├── NamespaceKeyError         the namespace's key is missing, malformed or readable by others
+    ├── EncryptionKeyError        an encryption key is missing or malformed, or not the one that data was encrypted with
+    ├── StoreUnavailableError     the server behind a store does not answer, or refuses
     └── StoreFullError            pinned contexts leave no room under the budget
 """
 
@@ -181,6 +183,14 @@ class IntegrityError(StoreError):
 
 class NamespaceKeyError(StoreError):
     """The namespace's key is missing, malformed, or readable by other users."""
+
+
+class EncryptionKeyError(StoreError):
+    """The encryption key is missing or malformed, or not the one that the stored data was encrypted with."""
+
+
+class StoreUnavailableError(StoreError):
+    """The server behind a store does not answer in time, or refuses."""
 
 
 class StoreFullError(StoreError):

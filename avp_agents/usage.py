@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 HandoffMode = Literal["none", "kv", "replay", "rethink", "projection", "reread", "text", "lost"]
@@ -49,6 +50,7 @@ class Handoff:
         positions_reused: Positions of the context whose keys and values were there.
         positions_replayed: Positions of the context that were prefilled again.
         notes: What else was decided, such as a system message merged into the user turn.
+        estimated_ms: What each mode that the handshake weighed was expected to take; empty where it weighed none.
     """
 
     mode: HandoffMode = "none"
@@ -58,6 +60,7 @@ class Handoff:
     positions_reused: int = 0
     positions_replayed: int = 0
     notes: tuple[str, ...] = ()
+    estimated_ms: Mapping[str, float] = field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, Any]:
         """As JSON data, for a response's metadata."""

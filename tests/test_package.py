@@ -1,10 +1,9 @@
-"""What the distribution promises as a whole: light imports, public names, layers, and a README that tells the truth."""
+"""What the distribution promises as a whole: light imports, public names, and layers."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -78,28 +77,3 @@ def test_the_langgraph_demo_is_registered() -> None:
     (demo,) = entry_points(group="avp_agents.demos", name="langgraph")
 
     assert callable(demo.load())
-
-
-def readme_blocks(kind: str) -> list[tuple[str, str]]:
-    """Name and text of the README's code blocks that a ``<!-- kind: name -->`` marker stands before."""
-    text = (ROOT / "README.md").read_text()
-    return re.findall(rf"<!-- {kind}: (\w+) -->\n```\w+\n(.*?)```", text, re.DOTALL)
-
-
-def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
-    commands = dict(readme_blocks("command"))
-
-    assert set(commands) == {"demo", "test"}
-    assert "avp-agents demo" in commands["demo"]
-    assert "pytest" in commands["test"]
-    wanted = set(re.findall(r"^readme_command (\w+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE))
-    assert wanted == set(commands)
-
-
-@pytest.mark.parametrize("name", ["langgraph", "engine"])
-@pytest.mark.usefixtures("smollm2_path")
-def test_the_readmes_examples_run(name: str) -> None:
-    done = run_python(dict(readme_blocks("example"))[name])
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()

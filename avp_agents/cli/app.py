@@ -12,9 +12,13 @@ from avp_agents.cli.bench import bench
 from avp_agents.cli.console import print_error
 from avp_agents.cli.demo import demo
 from avp_agents.cli.doctor import doctor
+from avp_agents.cli.handoff import bench_handoff
 from avp_agents.cli.inspect import inspect
 from avp_agents.cli.quality import bench_quality, report
+from avp_agents.cli.reference import bench_reference
 from avp_agents.cli.serve import add_token, serve
+from avp_agents.cli.size import size
+from avp_agents.cli.soak import bench_soak
 from avp_agents.errors import AvpError
 
 
@@ -44,7 +48,11 @@ app.command()(inspect)
 app.command()(serve)
 app.command("add-token")(add_token)
 app.command()(report)
+app.command()(size)
+bench.command("handoff")(bench_handoff)
 bench.command("quality")(bench_quality)
+bench.command("reference")(bench_reference)
+bench.command("soak")(bench_soak)
 app.add_typer(bench, name="bench")
 
 

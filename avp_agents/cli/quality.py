@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -18,10 +18,10 @@ from avp_agents.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from avp_agents.engine.latent_engine import LatentEngine
-    from avp_agents.evals.quality.arms import Arm, Project
     from avp_agents.evals.quality.summary import Summary
 
 N = TypeVar("N", int, float)
+VARIED = "Options that vary (several values make an arm each)"
 
 
 def bench_quality(
@@ -30,54 +30,80 @@ def bench_quality(
     source: Annotated[str | None, typer.Option(help="The researchers' model in cross-model modes.")] = None,
     modes: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: direct, latent, text, prefill, shuffled, text-capped, projection, text-cross-model."
-        ),
-    ] = ("direct,latent,text,prefill,shuffled"),
-    team: Annotated[str, typer.Option(help="pair, chain or fan-in.")] = "pair",
+        typer.Option(help="direct, latent, text, prefill, shuffled, text-capped, projection, text-cross-model."),
+    ] = "direct,latent,text,prefill,shuffled",
+    team: Annotated[str, typer.Option(help="pair, chain, fan-in; several make arms of each mode in each.")] = "pair",
     data: Annotated[Path | None, typer.Option(help="A local copy of the task, as JSON lines.")] = None,
     problems: Annotated[int | None, typer.Option(min=1, help="How many problems, from the first.")] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Several need a temperature.")] = "0",
     temperature: Annotated[float, typer.Option(min=0, help="Of everything that is decoded.")] = 0.0,
-    steps: Annotated[str, typer.Option(help="Latent steps; several make one arm each.")] = "20",
-    method: Annotated[str, typer.Option(help="soft, ridge, rescale or auto; several make one arm each.")] = "auto",
-    renormalise: Annotated[str, typer.Option(help="yes, no or auto; several make one arm each.")] = "auto",
-    latent_temperature: Annotated[str, typer.Option(help="Of the latent step; several make one arm each.")] = "1",
-    strategy: Annotated[str, typer.Option(help="How parallel researchers are joined: replay, splice.")] = "replay",
+    steps: Annotated[str, typer.Option(help="Latent steps, e.g. 20,0,5,10,40,80.", rich_help_panel=VARIED)] = "20",
+    method: Annotated[str, typer.Option(help="auto, soft, ridge, rescale.", rich_help_panel=VARIED)] = "auto",
+    renormalise: Annotated[
+        str,
+        typer.Option(help="Latent embeddings get the embeddings' mean norm: auto, yes, no.", rich_help_panel=VARIED),
+    ] = "auto",
+    latent_temperature: Annotated[str, typer.Option(help="Of soft latent steps.", rich_help_panel=VARIED)] = "1",
+    turn: Annotated[
+        str, typer.Option(help="The solver gets a new turn, or goes on in the same one.", rich_help_panel=VARIED)
+    ] = "new",
+    kv: Annotated[
+        str, typer.Option(help="KV-cache that is handed over: exact, int8.", rich_help_panel=VARIED)
+    ] = "exact",
+    projected: Annotated[
+        str, typer.Option(help="What crosses between models: both, vector, text.", rich_help_panel=VARIED)
+    ] = "both",
+    strategy: Annotated[
+        str, typer.Option(help="How fan-in's researchers are joined: replay, splice, text.", rich_help_panel=VARIED)
+    ] = "replay",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Answers worked on at once.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Answers worked on at once; 1 to compare seconds.")] = 16,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run that is there is resumed.")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Run generated code without a sandbox.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Answer a task's problems with every mode, paired, and say which is better and what it took."""
+    """Answer a task's problems with every mode, paired, and say which is better and what it took.
+
+    Lists are comma-separated. Of options that vary, the first value is the baseline's; each further one makes an arm
+    that differs from it in that alone, and half of the problems are held out to decide whether it is better.
+    """
     with contextlib.redirect_stdout(sys.stderr), ExitStack() as opened:
-        from avp_agents.evals.quality.arms import TEAMS, Bench
-        from avp_agents.evals.quality.run import Plan, RunFolder, run
+        from avp_agents.evals.quality.answering import Bench
+        from avp_agents.evals.quality.arms import arms_named
+        from avp_agents.evals.quality.run import run
+        from avp_agents.evals.quality.run_folder import Plan, RunFolder
         from avp_agents.evals.quality.summary import summarise
         from avp_agents.evals.quality.tasks import task_named
         from avp_agents.evals.sandbox import check_sandbox, sandboxed, unprotected
 
-        if team not in TEAMS:
-            raise ConfigurationError(f"Unknown team {team!r}; choose one of {', '.join(TEAMS)}.")
         chosen = task_named(task)
+        options = {
+            "steps": _numbers(steps, int),
+            "method": _choices(method, {"auto": None, "soft": "soft", "ridge": "ridge", "rescale": "rescale"}),
+            "renormalise": _choices(renormalise, {"auto": None, "yes": True, "no": False}),
+            "latent_temperature": _numbers(latent_temperature, float),
+            "turn": _choices(turn, {"new": "new", "same": "same"}),
+            "kv": _choices(kv, {"exact": "exact", "int8": "int8"}),
+            "projected": _choices(projected, {"both": "both", "vector": "vector", "text": "text"}),
+            "strategy": _choices(strategy, {"replay": "replay", "splice": "splice", "text": "text"}),
+        }
+        arms = arms_named(_names(modes), _names(team), options)
         if chosen.runs_code and not unsafe:
             check_sandbox()
-        arms = _arms(modes, steps, method, renormalise, latent_temperature, strategy)
         items = chosen.load(data, problems)
-        console = progress_console()
-        with console.status("Loading the model"):
+        with progress_console().status("Loading the model"):
             engine = _engine(opened, model, dtype, device)
             other = _engine(opened, source, dtype, device) if source is not None else None
             about = {
-                "task": task, "team": team, "model": Path(engine.model_path).name, "fingerprint": engine.fingerprint,
+                "task": task, "model": Path(engine.model_path).name, "fingerprint": engine.fingerprint,
                 "dtype": engine.dtype, "device": str(engine.device), "temperature": temperature,
-                "source": other.fingerprint if other is not None else None,
+                "source": Path(other.model_path).name if other is not None else None,
+                "source_fingerprint": other.fingerprint if other is not None else None,
             }  # fmt: skip
         plan = Plan(arms, items, _numbers(seeds, int), about)
-        folder = RunFolder(out or Path("runs", f"{task}-{team}-{engine.fingerprint[:8]}"), plan)
-        bench = Bench(engine, chosen, TEAMS[team], temperature, other, _projection(other, engine))
+        folder = RunFolder(out or Path("runs", f"{task}-{'-'.join(_names(team))}-{engine.fingerprint[:8]}"), plan)
+        bench = Bench(engine, chosen, temperature, other)
         with _progress() as progress:
             bar = progress.add_task(task)
             run(
@@ -110,43 +136,27 @@ def _engine(opened: ExitStack, model: str | None, dtype: str, device: str | None
     )
 
 
-def _projection(source: LatentEngine | None, target: LatentEngine) -> Project | None:
-    if source is None:
-        return None
-    return lambda thought: target.crossing.project(source.crossing.express(thought))
-
-
-def _arms(modes: str, steps: str, method: str, renormalise: str, temperature: str, strategy: str) -> list[Arm]:
-    from avp_agents.evals.quality.arms import arms_named
-
-    def optional(text: str, values: dict[str, Any]) -> list[Any]:
-        return [_choice(name, values | {"auto": None}) for name in _names(text)]
-
-    return arms_named(
-        _names(modes),
-        steps=_numbers(steps, int),
-        methods=optional(method, {name: name for name in ("soft", "ridge", "rescale")}),
-        strategies=[_choice(name, {"replay": "replay", "splice": "splice"}) for name in _names(strategy)],
-        renormalise=optional(renormalise, {"yes": True, "no": False}),
-        latent_temperatures=_numbers(temperature, float),
-    )
-
-
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _numbers(text: str, kind: Callable[[str], N]) -> list[N]:
     try:
-        return [kind(name) for name in _names(text)]
+        numbers = [kind(name) for name in _names(text)]
     except ValueError:
-        raise ConfigurationError(f"{text!r} is not a list of numbers such as 0,10,20.") from None
+        numbers = []
+    if not numbers:
+        raise ConfigurationError(f"{text!r} is not a list of numbers such as 0,10,20.")
+    return numbers
 
 
-def _choice(name: str, values: dict[str, Any]) -> Any:
-    if name not in values:
-        raise ConfigurationError(f"{name!r} is none of {', '.join(values)}.")
-    return values[name]
+def _choices(text: str, values: dict[str, Any]) -> list[Any]:
+    names = _names(text)
+    if unknown := [name for name in names if name not in values]:
+        raise ConfigurationError(f"{unknown[0]!r} is none of {', '.join(values)}.")
+    if not names:
+        raise ConfigurationError(f"Choose from {', '.join(values)}.")
+    return [values[name] for name in names]
 
 
 def _progress() -> Progress:
@@ -155,7 +165,7 @@ def _progress() -> Progress:
 
 
 def _show(summary: Summary) -> None:
-    from avp_agents.evals.quality.report import verdict
+    from avp_agents.evals.quality.report import p_shown, verdict
 
     table = Table("arm", title=f"{summary.about['task']}: {summary.about['model']}")
     for column in ("right", "95 % interval", "read", "latent", "decoded", "bytes", "seconds"):
@@ -169,13 +179,15 @@ def _show(summary: Summary) -> None:
         )  # fmt: skip
     console = result_console()
     console.print(table)
-    for line in _verdicts(summary.comparisons, verdict):
-        console.print(line)
-
-
-def _verdicts(comparisons: Sequence[Any], verdict: Callable[[Any], str]) -> list[str]:
-    return [
-        f"{c.one} / {c.other}: {c.only_one} to {c.only_other}, p = {c.p:.3f} (Holm {c.p_holm:.3f}): {verdict(c)}; "
-        f"{c.same_answers} equal answers"
-        for c in comparisons
-    ]
+    for c in summary.comparisons:
+        console.print(
+            f"{c.one} / {c.other}: {c.only_one} to {c.only_other}, {p_shown(c.p_holm)}: {verdict(c)}; "
+            f"{c.same_answers} of {c.pairs} answers are equal"
+        )
+    for speed in summary.speeds:
+        console.print(
+            f"{speed.text} took {speed.ratio:.1f} times as long as {speed.latent}; {speed.limit:.1f} is the limit that "
+            "the answer's own decoding sets"
+        )
+    for ablation in summary.ablations:
+        console.print(ablation.verdict)

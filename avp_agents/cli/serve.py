@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +15,8 @@ from avp_agents.cli.console import progress_console, result_console
 from avp_agents.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from avp_agents.transport.server import Access, Binding, ServerLimits
 
 TOKEN_VARIABLE = "AVP_SERVE_TOKEN"
@@ -38,10 +42,19 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most requests that are computed at once.")] = 16,
+    kv_pool_mib: Annotated[
+        int | None,
+        typer.Option(min=1, help="MiB for KV-caches. Default: 2048 on a CPU, 60 % of an accelerator's free memory."),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Most requests at a time, per namespace.")] = 64,
     rate: Annotated[float | None, typer.Option(help="Most requests a second, per namespace.")] = None,
     contexts: Annotated[int, typer.Option(min=1, help="Most stored contexts, per namespace.")] = 10_000,
     upload_mib: Annotated[int, typer.Option(min=1, help="Largest context that may be uploaded, in MiB.")] = 1024,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Where contexts are kept for several servers: redis://..., s3://... Default: a folder here."),
+    ] = None,
+    mcp: Annotated[bool, typer.Option("--mcp", help="Also offer tools and contexts over MCP, at /mcp.")] = False,
 ) -> None:
     """Serve a model: think, generate and contexts for RemoteEngine, and an OpenAI-compatible chat endpoint."""
     _require_server_packages()
@@ -51,8 +64,16 @@ def serve(
     binding = Binding(host, port, certificate, private_key)
     limits = ServerLimits(concurrency=concurrency, rate=rate, contexts=contexts, upload_bytes=upload_mib * 2**20)
     access = _access(host, tokens, without_token, frozenset(allow_host or ()))
-    folder = resolve_model(model)
-    _run(folder, _shown_name(name, model), binding, limits, access, dtype=dtype, device=device, max_batch=max_batch)
+    if store is not None:
+        from avp_agents.store import open_store
+
+        # what is wrong with it is said before minutes go into loading a model
+        open_store(store).close()
+    extensions = [_mcp_endpoint()] if mcp else []
+    folder, shown = resolve_model(model), _shown_name(name, model)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch}
+    options["kv_pool_bytes"] = kv_pool_mib * 2**20 if kv_pool_mib is not None else None
+    _run(folder, shown, store, binding, limits, access, extensions, **options)
 
 
 def add_token(
@@ -68,13 +89,16 @@ def add_token(
 def _run(
     folder: str,
     name: str,
+    store: str | None,
     binding: Binding,
     limits: ServerLimits,
     access: Access,
+    extensions: Sequence[Callable[[Starlette], None]],
     *,
     dtype: str | None,
     device: str | None,
     max_batch: int,
+    kv_pool_bytes: int | None,
 ) -> None:
     """Load the model, and serve until the process is told to stop."""
     import asyncio
@@ -84,21 +108,32 @@ def _run(
         from transformers.utils import logging
 
         from avp_agents.engine.latent_engine import LatentEngine
-        from avp_agents.store import default_store
+        from avp_agents.store import default_store, open_store
         from avp_agents.transport.server import create_app
         from avp_agents.transport.server import serve as serve_app
 
         logging.disable_progress_bar()
         status.update("Loading the model")
-        engine = LatentEngine.from_pretrained(folder, dtype=dtype, device=device, max_batch=max_batch)
+        engine = LatentEngine.from_pretrained(
+            folder, dtype=dtype, device=device, max_batch=max_batch, kv_pool_bytes=kv_pool_bytes
+        )
         engine.load()
     with engine:
+        open_for = default_store if store is None else partial(open_store, store)
         app = create_app(
-            lambda namespace: engine.for_store(default_store(namespace)), model=name, access=access, limits=limits
+            lambda namespace: engine.for_store(open_for(namespace)), model=name, access=access, limits=limits
         )
+        for extend in extensions:
+            extend(app)
         console.print(f"Serving [bold]{escape(name)}[/] at {escape(binding.url)}; stop with Ctrl-C.")
         asyncio.run(serve_app(app, binding, limits))
     result_console().print("Stopped.")
+
+
+def _mcp_endpoint() -> Callable[[Starlette], None]:
+    from avp_agents.transport.mcp import mount
+
+    return mount
 
 
 def _access(host: str, tokens: Path | None, without_token: bool, hosts: frozenset[str]) -> Access:

@@ -166,8 +166,8 @@ class Crossing:
     def read(self, thought: Thought) -> Context:
         """A context of this model that has read a thought's text, and nothing of its vectors.
 
-        It ends with the last message's turn, so that the next prompt goes on as in one conversation with these messages;
-        where the template does not say where a turn ends, it ends in an open assistant turn.
+        It ends with the last message's turn, so that the next prompt goes on as in one conversation with these
+        messages; where the template does not say where a turn ends, it ends in an open assistant turn.
         """
         loaded = self._runtime.loaded
         ids, stop_ids = self._opening(thought.messages), self._runtime.renderer.stop_ids

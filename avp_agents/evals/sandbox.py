@@ -8,6 +8,7 @@ and resource limits. Where the system lacks one of them nothing is run.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -53,8 +54,8 @@ class Verdict:
     """How a program ended.
 
     Attributes:
-        passed: It ended by itself, without an error.
-        reason: ``"passed"``, ``"timeout"`` or the last line of its error output.
+        passed: It ran to its last line. One that ends itself before that has not shown anything.
+        reason: ``"passed"``, ``"timeout"``, the last line of its error output, or its exit status.
     """
 
     passed: bool
@@ -98,7 +99,9 @@ def check_sandbox() -> None:
 def _run(program: str, *, isolated: bool) -> Verdict:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder, "program.py")
-        file.write_text(program, encoding="utf-8")
+        # how the last line ends the program is drawn anew each time, so that no other way of ending looks the same
+        end = 64 + secrets.randbelow(128)
+        file.write_text(f"{program}\n\n__import__('os')._exit({end})\n", encoding="utf-8")
         launcher = [*_NAMESPACES, sys.executable, "-I", str(_LAUNCHER)] if isolated else [sys.executable, "-I"]
         try:
             ended = subprocess.run(
@@ -108,7 +111,7 @@ def _run(program: str, *, isolated: bool) -> Verdict:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return Verdict(False, "timeout")
-    if ended.returncode == 0:
+    if ended.returncode == end:
         return Verdict(True, "passed")
     lines = ended.stderr[-2000:].decode(errors="replace").strip().splitlines()
     return Verdict(False, lines[-1] if lines else f"exit status {ended.returncode}")

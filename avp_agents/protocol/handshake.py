@@ -16,11 +16,10 @@ import binascii
 import math
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from statistics import median
+from itertools import accumulate, pairwise
 from typing import Any, Literal, cast, get_args
 
 from avp_agents.errors import HandshakeError
@@ -177,7 +176,8 @@ class LinkMeter:
     def link(self) -> Link | None:
         """What the transfers say; None before a first one of 64 kB or more.
 
-        The latency is that of the quickest transfer, the throughput the median of the large ones beyond it.
+        The latency is that of the quickest transfer, the throughput the one at which half of all bytes of large
+        transfers came faster: what buffers on the way let through at once makes short transfers look fast.
         """
         transfers = list(self._transfers)
         large = [(size, seconds) for size, seconds in transfers if size >= 2**16]
@@ -185,8 +185,8 @@ class LinkMeter:
             return None
         small = [seconds for size, seconds in transfers if size < 2**12]
         latency = min(small, default=0.0)
-        rates = [size / max(seconds - latency, 1e-6) for size, seconds in large]
-        return Link(bytes_per_second=median(rates), latency_seconds=latency)
+        by_rate = sorted((size / max(seconds - latency, 1e-6), size) for size, seconds in large)
+        return Link(bytes_per_second=_weighted_median(by_rate), latency_seconds=latency)
 
 
 @dataclass(frozen=True)
@@ -197,11 +197,13 @@ class Shipment:
         positions: Positions of its lineage: what a replay prefills.
         lineage_bytes: Bytes of its lineage and readout.
         kv_bytes: Bytes of its KV-cache as it would travel; None where there is none any more.
+        intake_seconds: Time that the target takes to check the KV-cache and take it in, once it is there.
     """
 
     positions: int
     lineage_bytes: int
     kv_bytes: int | None
+    intake_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,8 @@ class Handshake:
         return Decision("text", self._why_text())
 
     def _kv_or_replay(self, shipment: Shipment, kv_bytes: int, link: Link) -> Decision:
-        kv, replay = link.seconds(kv_bytes), self._replay_seconds(shipment, link)
+        kv = link.seconds(kv_bytes) + shipment.intake_seconds
+        replay = self._replay_seconds(shipment, link)
         estimates = _known(kv=kv, replay=replay)
         if replay is None:
             return Decision("kv", "same model; the prefill speed is not known yet", estimates)
@@ -310,6 +313,13 @@ class Handshake:
 def handshake(source: Hello, target: Hello) -> Handshake:
     """Compare two sides; the last 256 pairs are remembered."""
     return Handshake(source, target, source.vocabulary.overlap(target.vocabulary))
+
+
+def _weighted_median(sorted_values: Sequence[tuple[float, int]]) -> float:
+    """The value at which half of all weight is reached."""
+    half = sum(weight for _, weight in sorted_values) / 2
+    reached = accumulate(weight for _, weight in sorted_values)
+    return next(value for (value, _), weight in zip(sorted_values, reached, strict=True) if weight >= half)
 
 
 def _known(**seconds: float | None) -> tuple[tuple[CrossingMode, float], ...]:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from avp_agents.store.base import PruneReport
+
 
 @dataclass(frozen=True)
 class StoredHandle:
@@ -31,6 +33,10 @@ class Removals:
     segments: list[str] = field(default_factory=list)
     lineage_bytes: int = 0
     kv_bytes: int = 0
+
+    def report(self) -> PruneReport:
+        """How much that is."""
+        return PruneReport(len(self.handles), len(self.segments), self.kv_bytes, self.lineage_bytes)
 
 
 class Census:

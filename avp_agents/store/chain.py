@@ -9,12 +9,55 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from avp_agents.context import Readout, Segment
 from avp_agents.kv_cache import HostKv
-from avp_agents.store.folder import NamespaceFolder
 from avp_agents.store.kv_file import KvPart, join
 from avp_agents.store.segment_record import SegmentRecord, payload_bytes
+
+
+class SegmentReader(Protocol):
+    """Where segments' records come from."""
+
+    def read_segment(self, segment_id: str) -> SegmentRecord | None:
+        """A segment's record; None where there is none, or none that is authentic."""
+        ...
+
+
+class KvReader(Protocol):
+    """Where segments' shares of a KV-cache come from."""
+
+    def read_kv(self, segment_id: str) -> KvPart | None:
+        """A segment's share; None where there is none, or none that is authentic."""
+        ...
+
+
+class Extent(Protocol):
+    """Which positions of which values a share of a KV-cache holds."""
+
+    @property
+    def start(self) -> int:
+        """Its first position."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """The position after its last."""
+        ...
+
+    @property
+    def content(self) -> str:
+        """Digest of the lineage values that it was computed from."""
+        ...
+
+
+class ExtentReader(Protocol):
+    """Where it is known what segments' shares of a KV-cache hold."""
+
+    def read_extent(self, segment_id: str) -> Extent | None:
+        """What a segment's share holds; None where there is none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +103,7 @@ class Chain:
         return replace(self, links=tuple(link for link, content in pairs if link.content == content))
 
 
-def read_chain(folder: NamespaceFolder, head: str) -> Chain | None:
+def read_chain(folder: SegmentReader, head: str) -> Chain | None:
     """The lineage that ends in a segment; None unless all of it is there."""
     segment_ids: list[str] = []
     records: list[SegmentRecord] = []
@@ -96,13 +139,13 @@ def content_digests(lineage: Iterable[Segment], dtype: str) -> list[str]:
     return digests
 
 
-def read_kv(folder: NamespaceFolder, chain: Chain) -> HostKv | None:
+def read_kv(folder: KvReader, chain: Chain) -> HostKv | None:
     """The longest cache without a gap that the files along a chain hold: views of one file, or copies of several."""
     pieces: list[HostKv] = []
     covered, geometry = 0, None
     for link in chain.links:
-        part = _continuation(folder, link, covered)
-        if part is None:
+        part = folder.read_kv(link.segment_id)
+        if part is None or not _continues(part, link, covered):
             continue
         if geometry not in (None, part.geometry):
             break
@@ -120,7 +163,7 @@ class MissingKv:
     stop: int
 
 
-def missing_kv(folder: NamespaceFolder, chain: Chain, length: int) -> list[MissingKv]:
+def missing_kv(folder: ExtentReader, chain: Chain, length: int) -> list[MissingKv]:
     """What a cache of `length` positions would add to the files along a chain.
 
     A file that is one position short of what it could hold stays: an answer's last token often has no KV yet, and the
@@ -129,9 +172,9 @@ def missing_kv(folder: NamespaceFolder, chain: Chain, length: int) -> list[Missi
     missing = []
     covered = 0
     for link in chain.links:
-        part = _continuation(folder, link, covered)
+        part = folder.read_extent(link.segment_id)
         stop = min(link.stop, length)
-        if part is not None and part.stop >= stop - 1:
+        if part is not None and _continues(part, link, covered) and part.stop >= stop - 1:
             covered = part.stop
         elif stop > covered:
             missing.append(MissingKv(link, covered, stop))
@@ -139,9 +182,6 @@ def missing_kv(folder: NamespaceFolder, chain: Chain, length: int) -> list[Missi
     return missing
 
 
-def _continuation(folder: NamespaceFolder, link: Link, covered: int) -> KvPart | None:
-    """A link's KV file, if it was computed from just these values and leaves no gap after the `covered` positions."""
-    part = folder.read_kv(link.segment_id)
-    if part is None or part.content != link.content or not part.start <= covered < part.stop:
-        return None
-    return part
+def _continues(part: Extent, link: Link, covered: int) -> bool:
+    """Whether a link's share was computed from just these values and leaves no gap after the `covered` positions."""
+    return part.content == link.content and part.start <= covered < part.stop

@@ -17,7 +17,6 @@ from avp_agents.errors import ConfigurationError, ContextLostError, KvMemoryErro
 from avp_agents.handle import ContextHandle
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
-from avp_agents.store.census import Removals
 from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
 from avp_agents.store.disk_budget import DiskBudget
 from avp_agents.store.durable import make_private_folder
@@ -152,7 +151,7 @@ class DiskStore(ContextStore):
                     census.release(handle_id)
             if not dry_run:
                 self._folder.remove(census.removals)
-        return _report(census.removals)
+        return census.removals.report()
 
     @_disk_errors()
     def delete_namespace(self) -> None:
@@ -221,7 +220,7 @@ class DiskStore(ContextStore):
             census.release_orphans()
             self._budget.keep(census)
             self._budget.apply(census)
-        return _report(census.removals)
+        return census.removals.report()
 
     @_disk_errors()
     def stats(self) -> StoreStats:
@@ -351,12 +350,3 @@ class DiskStore(ContextStore):
         with self._counts_lock:
             self._hits += hit
             self._misses += not hit
-
-
-def _report(removals: Removals) -> PruneReport:
-    return PruneReport(
-        contexts=len(removals.handles),
-        segments=len(removals.segments),
-        kv_bytes=removals.kv_bytes,
-        lineage_bytes=removals.lineage_bytes,
-    )

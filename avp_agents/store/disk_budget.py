@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from avp_agents.store.census import Census
-from avp_agents.store.folder import NamespaceFolder
+from avp_agents.store.census import Census, Removals
 
 SLACK = 64
 """Other processes' writes are noticed after own writes of 1/64 of the budget; an eviction frees that much more."""
+
+
+class Counted(Protocol):
+    """What a budget is kept for."""
+
+    def census(self) -> Census:
+        """All that is there."""
+        ...
+
+    def remove(self, removals: Removals) -> None:
+        """Remove what a census decided on."""
+        ...
 
 
 class DiskBudget:
@@ -18,7 +30,7 @@ class DiskBudget:
         evictions: KV files and handles removed to keep it.
     """
 
-    def __init__(self, folder: NamespaceFolder, limit: int | None) -> None:
+    def __init__(self, folder: Counted, limit: int | None) -> None:
         self.evictions = 0
         self._folder = folder
         self._limit = limit
@@ -41,7 +53,7 @@ class DiskBudget:
         """
         if self._limit is None:
             return True
-        if not self._must_look(size):
+        if not self.must_look(size):
             self._written += size
             return True
         census = self._folder.census()
@@ -62,7 +74,7 @@ class DiskBudget:
         self._folder.remove(census.removals)
         self._known_bytes, self._written = census.total, 0
 
-    def _must_look(self, size: int) -> bool:
+    def must_look(self, size: int) -> bool:
         """Whether `size` more bytes may be too many, as far as is known without listing the folder."""
         if self._limit is None or self._known_bytes is None:
             return True

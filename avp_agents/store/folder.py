@@ -157,6 +157,10 @@ class NamespaceFolder:
         self._checked_kv[segment_id] = found
         return part
 
+    def read_extent(self, segment_id: str) -> KvPart | None:
+        """What a segment's share of the KV-cache holds. Mapping it reads no more than its header."""
+        return self.read_kv(segment_id)
+
     def write_kv(self, segment_id: str, part: KvPart) -> None:
         """Store a segment's share of the KV-cache. Under `kv_lock`; `sync_segments` makes it durable."""
         status = write_whole(self._kv_path(segment_id), lambda file: write_kv(file, part, segment_id, self._namespace))

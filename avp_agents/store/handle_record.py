@@ -27,12 +27,14 @@ class HandleRecord:
         recipe_id: The recipe of the context it stands for.
         ttl: Seconds after its last use; None where the store's own applies.
         stored: When it was put, in seconds since the epoch.
+        segments: Ids of the lineage's segments, in order, where a store keeps them with the handle.
     """
 
     handle: ContextHandle
     recipe_id: str
     ttl: float | None
     stored: float
+    segments: tuple[str, ...] = ()
 
 
 def encode_handle(record: HandleRecord, namespace: Namespace) -> bytes:
@@ -53,7 +55,8 @@ def decode_handle(data: bytes, handle_id: str, namespace: Namespace) -> HandleRe
     fields = msgpack.unpackb(content)
     if fields["version"] != VERSION:
         raise IntegrityError(f"record version {fields['version']} is unknown to this release")
-    return HandleRecord(ContextHandle(**fields["handle"]), fields["recipe_id"], fields["ttl"], fields["stored"])
+    handle, segments = ContextHandle(**fields["handle"]), tuple(fields.get("segments", ()))
+    return HandleRecord(handle, fields["recipe_id"], fields["ttl"], fields["stored"], segments)
 
 
 def _mac(content: bytes, handle_id: str, namespace: Namespace) -> bytes:

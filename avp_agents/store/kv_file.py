@@ -77,6 +77,39 @@ def write_kv(file: BinaryIO, part: KvPart, segment_id: str, namespace: Namespace
     file.write(mac.hexdigest().encode())
 
 
+def kv_chunks(part: KvPart, segment_id: str, namespace: Namespace) -> Iterator[memoryview]:
+    """The bytes that `write_kv` writes, in order, for where nothing can be written after what follows it.
+
+    Raises:
+        ConfigurationError: A tensor's dtype cannot be stored.
+    """
+    header = _header(part)
+    mac = namespace.mac("kv:" + segment_id)
+    mac.update(header[:_MAC_OFFSET])
+    mac.update(header[_MAC_OFFSET + _MAC_DIGITS :])
+    for tensor in _tensors(part.kv):
+        mac.update(memoryview(_bytes_of(tensor)))
+    yield memoryview(header[:_MAC_OFFSET] + mac.hexdigest().encode() + header[_MAC_OFFSET + _MAC_DIGITS :])
+    for tensor in _tensors(part.kv):
+        yield memoryview(_bytes_of(tensor))
+
+
+def kv_bytes(part: KvPart) -> int:
+    """How many bytes `write_kv` writes."""
+    return len(_header(part)) + part.kv.nbytes
+
+
+def parse_kv(data: bytearray, segment_id: str, namespace: Namespace) -> KvPart:
+    """The part that `data` holds, as views of it.
+
+    Raises:
+        IntegrityError: The bytes are torn, altered, or another segment's.
+    """
+    start = _tensors_start(data)
+    _check_mac(data, segment_id, namespace)
+    return _parse(json.loads(bytes(data[_LENGTH_BYTES:start])), data, start)
+
+
 def read_kv(
     path: Path, segment_id: str, namespace: Namespace, *, trusted: Signature | None
 ) -> tuple[KvPart, Signature]:
@@ -97,17 +130,14 @@ def read_kv(
     """
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
-        if status.st_size <= _MAC_OFFSET + _MAC_DIGITS:
-            raise IntegrityError(f"{status.st_size} bytes are too few for a KV file")
+        if status.st_size == 0:
+            raise IntegrityError("an empty file is no KV file")
         try:
             # a private mapping: what a reader writes into these tensors never reaches the file
             mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
         except ValueError as error:
             raise IntegrityError("shrank while it was opened") from error
-    header_length = int.from_bytes(mapped[:_LENGTH_BYTES], "little")
-    start = _LENGTH_BYTES + header_length
-    if start > status.st_size or mapped[_LENGTH_BYTES:_MAC_OFFSET] != _HEAD:
-        raise IntegrityError("not a KV file")
+    start = _tensors_start(mapped)
     found = signature(status)
     if found != trusted:
         _check_mac(mapped, segment_id, namespace)
@@ -188,7 +218,17 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _check_mac(mapped: mmap.mmap, segment_id: str, namespace: Namespace) -> None:
+def _tensors_start(data: mmap.mmap | bytearray) -> int:
+    """Where the tensors begin in the bytes of a KV file, judged by its form alone."""
+    if len(data) <= _MAC_OFFSET + _MAC_DIGITS:
+        raise IntegrityError(f"{len(data)} bytes are too few for a KV file")
+    start = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if start > len(data) or data[_LENGTH_BYTES:_MAC_OFFSET] != _HEAD:
+        raise IntegrityError("not a KV file")
+    return start
+
+
+def _check_mac(mapped: mmap.mmap | bytearray, segment_id: str, namespace: Namespace) -> None:
     mac = namespace.mac("kv:" + segment_id)
     with memoryview(mapped) as view:
         found = bytes(view[_MAC_OFFSET : _MAC_OFFSET + _MAC_DIGITS])
@@ -198,7 +238,7 @@ def _check_mac(mapped: mmap.mmap, segment_id: str, namespace: Namespace) -> None
         raise IntegrityError("MAC mismatch")
 
 
-def _parse(entries: dict[str, Any], mapped: mmap.mmap, start: int) -> KvPart:
+def _parse(entries: dict[str, Any], mapped: mmap.mmap | bytearray, start: int) -> KvPart:
     """The tensors that an authentic header describes, as views of the mapped file."""
     metadata = entries.pop("__metadata__")
     if metadata["format"] != FORMAT:
@@ -208,7 +248,7 @@ def _parse(entries: dict[str, Any], mapped: mmap.mmap, start: int) -> KvPart:
     return KvPart(int(metadata["start"]), int(metadata["stop"]), metadata["content"], kv)
 
 
-def _view(entry: dict[str, Any], mapped: mmap.mmap, start: int) -> torch.Tensor:
+def _view(entry: dict[str, Any], mapped: mmap.mmap | bytearray, start: int) -> torch.Tensor:
     import torch
 
     begin, end = entry["data_offsets"]

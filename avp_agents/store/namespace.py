@@ -61,7 +61,7 @@ class Namespace:
             NamespaceKeyError: The key is malformed, too short, unreadable, or readable by other users.
         """
         text = os.environ.get(KEY_VARIABLE)
-        master = _parse_key(text, source=KEY_VARIABLE) if text else _key_from_file(_key_path())
+        master = parse_key(text, source=KEY_VARIABLE) if text else _key_from_file(_key_path())
         return cls(name, _keyed(master, b"avp-namespace", name.encode()).digest())
 
     @property
@@ -94,8 +94,12 @@ def _keyed(key: bytes, purpose: bytes, *parts: bytes) -> hashlib.blake2b:
     return digest
 
 
-def _parse_key(text: str, *, source: str) -> bytes:
-    """A key written as hex digits or base64 (either alphabet)."""
+def parse_key(text: str, *, source: str) -> bytes:
+    """A key written as hex digits or base64 (either alphabet).
+
+    Raises:
+        NamespaceKeyError: It is neither, or too short. `source` says where it came from.
+    """
     text = text.strip()
     try:
         if _HEX.fullmatch(text) and len(text) % 2 == 0:
@@ -130,7 +134,7 @@ def _key_from_file(path: Path) -> bytes:
                 f"{path} can be read or written by other users (mode {mode & 0o777:03o}). Run: chmod 600 '{path}'. "
                 f"If others may have seen it, delete it: a new key is made, and contexts stored under the old are lost."
             )
-        return _parse_key(path.read_text(encoding="ascii"), source=str(path))
+        return parse_key(path.read_text(encoding="ascii"), source=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise NamespaceKeyError(f"Cannot use the key file {path}: {error}. Or set {KEY_VARIABLE}.") from error
 

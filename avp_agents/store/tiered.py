@@ -7,9 +7,16 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from avp_agents.context import Context
-from avp_agents.errors import ConfigurationError, ContextLostError, StoreError, StoreFullError
+from avp_agents.errors import (
+    ConfigurationError,
+    ContextLostError,
+    StoreError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.disk import DiskStore
@@ -37,21 +44,35 @@ def default_store(namespace: Namespace | str = "default") -> TieredStore:
     )
 
 
+@dataclass(frozen=True)
+class _Owed:
+    """How a context was put that the lower tier does not have yet."""
+
+    kv: bool
+    scope: str
+    agent: str
+    text: str
+    ttl: float | None
+
+
 class TieredStore(ContextStore):
     """Lineages go to both tiers at once, KV-caches to the lower one only when the upper one evicts them.
 
     The lower tier decides what exists: what was deleted or has expired there, by whichever process, is gone here too.
-    The upper one makes it fast.
+    The upper one makes it fast. While a server below is not available, what is put is kept above, and stored below at
+    its next use after the server is back; what is only below cannot be had.
 
     Args:
         upper: The fast tier. It belongs to this store from now on.
         lower: The durable tier, perhaps shared with other processes.
+        share_kv: Send KV-caches to the lower tier with the lineage, for workers on other machines that are to get them
+            from there. Without it, those replay the lineage.
 
     Raises:
         ConfigurationError: The tiers have different namespaces or keys.
     """
 
-    def __init__(self, upper: MemoryStore, lower: ContextStore) -> None:
+    def __init__(self, upper: MemoryStore, lower: ContextStore, *, share_kv: bool = False) -> None:
         if upper.namespace != lower.namespace:
             raise ConfigurationError(
                 f"Both tiers need one namespace and key; got {upper.namespace.name!r} and {lower.namespace.name!r}."
@@ -60,6 +81,8 @@ class TieredStore(ContextStore):
         total = None if None in budgets else sum(budget for budget in budgets if budget is not None)
         super().__init__(namespace=lower.namespace, byte_budget=total, ttl=lower.ttl)
         self.upper, self.lower = upper, lower
+        self._share_kv = share_kv
+        self._owed: dict[str, _Owed] = {}
         self._counts_lock = threading.Lock()
         self._hits = self._misses = 0
         upper.spill_to(self._spill)
@@ -75,15 +98,13 @@ class TieredStore(ContextStore):
         ttl: float | None = None,
     ) -> ContextHandle:
         """See `ContextStore.put`. The lineage is in the lower tier when this returns, the KV-cache in the upper."""
-        known = self.lower.contains(self.id_of(context, scope=scope))
-        handle = self.lower.put(context, kv=False, scope=scope, agent=agent, text=text, ttl=ttl)
-        if known and not self.upper.contains(handle):
-            stored = self.lower.get(handle, scope=scope)
-            if not same_values(stored, context):
-                self._keep_above(stored)
-                return handle
-        self._keep_above(context, kv=kv)
-        return handle
+        try:
+            return self._put_below(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
+        except StoreUnavailableError as error:
+            log.warning("A context is kept in memory until the store below is back: %s", error)
+            handle = self.upper.put(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
+            self._owed[handle.id] = _Owed(kv, scope, agent, text, ttl)
+            return handle
 
     def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
         """See `ContextStore.get`. What only the lower tier has is promoted."""
@@ -97,18 +118,26 @@ class TieredStore(ContextStore):
 
     def contains(self, handle: AnyHandle) -> bool:
         """See `ContextStore.contains`."""
-        return self.lower.contains(handle) or (self.upper.contains(handle) and self.lower.touch(handle))
+        try:
+            self._settle(id_of_handle(handle))
+            return self.lower.contains(handle) or (self.upper.contains(handle) and self.lower.touch(handle))
+        except StoreUnavailableError:
+            return self.upper.contains(handle)
 
     def touch(self, handle: AnyHandle) -> bool:
         """See `ContextStore.touch`."""
-        self.upper.touch(handle)
-        return self.lower.touch(handle)
+        above = self.upper.touch(handle)
+        try:
+            return self.lower.touch(handle)
+        except StoreUnavailableError:
+            return above
 
     def delete(self, handle: AnyHandle) -> bool:
         """See `ContextStore.delete`."""
         found = self.lower.delete(handle)
+        owed = self._owed.pop(id_of_handle(handle), None)
         self.upper.delete(handle)
-        return found
+        return found or owed is not None
 
     def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
         """See `ContextStore.discard`. Reports what left the lower tier."""
@@ -118,8 +147,11 @@ class TieredStore(ContextStore):
 
     def add_kv(self, context: Context) -> bool:
         """See `ContextStore.add_kv`. It goes to the upper tier where that has the context, else to the lower."""
-        if not self.lower.contains(context.to_handle()):
-            return False
+        try:
+            if not self.lower.contains(context.to_handle()):
+                return False
+        except StoreUnavailableError:
+            return self.upper.add_kv(context)
         return self.upper.add_kv(context) or self.lower.add_kv(context)
 
     def drop_kv(self, handle: AnyHandle) -> int:
@@ -172,6 +204,21 @@ class TieredStore(ContextStore):
 
     def _find(self, handle_id: str, scope: str | None) -> Context:
         """From the upper tier, or from the lower if that has more of it."""
+        try:
+            self._settle(handle_id)
+            return self._find_below(handle_id, scope)
+        except StoreUnavailableError as error:
+            try:
+                return self.upper.get(handle_id, scope=scope)
+            except ContextLostError:
+                raise error from None
+
+    def _find_below(self, handle_id: str, scope: str | None) -> Context:
+        """As the lower tier decides.
+
+        Raises:
+            StoreUnavailableError: It cannot be asked.
+        """
         if not self.lower.touch(handle_id):
             self.upper.delete(handle_id)
             raise ContextLostError(f"{handle_id} is in no tier (for this namespace and scope), or no longer.")
@@ -194,6 +241,39 @@ class TieredStore(ContextStore):
         self._keep_above(stored)
         return stored
 
+    def _put_below(
+        self, context: Context, *, kv: bool, scope: str, agent: str, text: str, ttl: float | None
+    ) -> ContextHandle:
+        """Put a context into both tiers.
+
+        Raises:
+            StoreUnavailableError: The lower one cannot be asked.
+        """
+        known = self.lower.contains(self.id_of(context, scope=scope))
+        below = kv and self._share_kv
+        handle = self.lower.put(context, kv=below, scope=scope, agent=agent, text=text, ttl=ttl)
+        if known and not self.upper.contains(handle):
+            stored = self.lower.get(handle, scope=scope)
+            if not same_values(stored, context):
+                self._keep_above(stored)
+                return handle
+        self._keep_above(context, kv=kv)
+        return handle
+
+    def _settle(self, handle_id: str) -> None:
+        """Put a context into the lower tier that could not be put there before.
+
+        Raises:
+            StoreUnavailableError: It still cannot.
+        """
+        owed = self._owed.get(handle_id)
+        if owed is None:
+            return
+        if self.upper.contains(handle_id):
+            context = self.upper.get(handle_id)
+            self._put_below(context, kv=owed.kv, scope=owed.scope, agent=owed.agent, text=owed.text, ttl=owed.ttl)
+        self._owed.pop(handle_id, None)
+
     def _keep_above(self, context: Context, *, kv: bool = True) -> None:
         """Keep a context of the lower tier in the upper, if it fits there."""
         try:
@@ -204,7 +284,7 @@ class TieredStore(ContextStore):
 
     def _forget_above(self) -> None:
         """Drop from the upper tier what the lower one no longer has."""
-        alive = {handle.id for handle in self.lower.list()}
+        alive = {handle.id for handle in self.lower.list()} | self._owed.keys()
         for handle in self.upper.list():
             if handle.id not in alive:
                 self.upper.delete(handle)

@@ -30,6 +30,7 @@ _STATUS: dict[type[AvpError], int] = {
     errors.RequestCancelledError: 499,
     errors.EngineBusyError: 503,
     errors.EngineClosedError: 503,
+    errors.StoreUnavailableError: 503,
     errors.RequestTimeoutError: 504,
     errors.StoreFullError: 507,
     errors.ProtocolError: 400,

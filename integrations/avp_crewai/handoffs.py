@@ -22,7 +22,13 @@ from crewai.task import Task
 
 from avp_agents.context import Context
 from avp_agents.engine.base import Engine, Message
-from avp_agents.errors import AvpError, ContextLostError, FingerprintMismatchError, InvalidHandleError
+from avp_agents.errors import (
+    AvpError,
+    ContextLostError,
+    FingerprintMismatchError,
+    InvalidHandleError,
+    StoreUnavailableError,
+)
 from avp_agents.handle import ContextHandle
 from avp_agents.usage import HandoffMode
 from avp_crewai.messages import what_follows, what_was_put_in
@@ -32,7 +38,7 @@ from avp_crewai.runs import Run, Turn, run_of
 logger = logging.getLogger("avp_crewai")
 
 OnMissing = Literal["text", "error"]
-_UNRESOLVED = (ContextLostError, InvalidHandleError, FingerprintMismatchError)
+_UNRESOLVED = (ContextLostError, StoreUnavailableError, InvalidHandleError, FingerprintMismatchError)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from avp_agents.errors import (
     ContextWindowError,
     FingerprintMismatchError,
     InvalidHandleError,
+    StoreUnavailableError,
 )
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import ContextStore
@@ -44,7 +45,7 @@ from avp_langgraph.sources import find_source
 logger = logging.getLogger("avp_langgraph")
 
 OnMissing = Literal["text", "error"]
-_UNRESOLVED = (ContextLostError, InvalidHandleError, FingerprintMismatchError)
+_UNRESOLVED = (ContextLostError, StoreUnavailableError, InvalidHandleError, FingerprintMismatchError)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,13 @@ def test_a_hostile_program_fails_and_says_why(program: str, reason: str) -> None
     assert reason in verdict.reason
 
 
+@pytest.mark.parametrize("ending", ["raise SystemExit", "import os; os._exit(0)", "quit()"])
+def test_a_program_that_ends_before_its_last_line_has_not_passed(ending: str) -> None:
+    verdict = sandboxed(f"{ending}\nassert 1 == 2")
+    assert not verdict.passed
+    assert verdict.reason
+
+
 def test_files_of_others_stay(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("here")

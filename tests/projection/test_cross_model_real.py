@@ -1,4 +1,4 @@
-"""SmolLM2 and Qwen2.5-Coder, in both directions: what they share, and that facts cross."""
+"""SmolLM2 and Qwen2.5-Coder, in both directions: what they share, and that facts cross, also between processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import pytest
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.evals.comprehension import read_items
+from avp_agents.evals.served_model import served_model
+from avp_agents.transport import RemoteEngine
+from avp_agents.transport.client import hand_over
+
+PARAGRAPHS = 2
 
 Pair = tuple[LatentEngine, LatentEngine]
 
@@ -58,3 +63,23 @@ def test_a_thought_is_two_kilobytes(smol_and_qwen: Pair) -> None:
 
     assert 1000 < len(expressed.encode()) < 3500
     assert smol.crossing.embeddings_of(expressed).mass[0] > 0.5
+
+
+@pytest.mark.parametrize("reader", ["SmolLM2", "Qwen"])
+def test_the_wire_gives_the_tokens_of_one_process(smol_and_qwen: Pair, reader: str) -> None:
+    """One model reads and thinks behind `avp-agents serve`, the other one answers here: rereading, and on a vector."""
+    source, target = smol_and_qwen if reader == "SmolLM2" else smol_and_qwen[::-1]
+    with (
+        served_model(source.model_path, "--device", "cpu") as server,
+        RemoteEngine(server.url, token=server.token) as remote,
+    ):
+        for item in read_items(PARAGRAPHS):
+            prompt, question = f"{item.paragraph} {item.question}", f"{item.question} Answer with one word."
+            here, there = source.think(prompt, steps=4), remote.think(prompt, steps=4)
+            vector = target.crossing.project(source.crossing.express(here))
+            for in_one_process, over_the_wire in (
+                (here, hand_over(there, remote, target)),
+                (vector, hand_over(there, remote, target, mode="projection")),
+            ):
+                expected = target.generate(question, context=in_one_process, max_tokens=6)
+                assert target.generate(question, context=over_the_wire, max_tokens=6).token_ids == expected.token_ids

@@ -1,10 +1,14 @@
-"""Two sides compare what they are, and every handoff gets the cheapest mode that both can do."""
+"""Two sides compare what they are, and every handoff gets the cheapest mode that both can do.
+
+``AVP_FUZZ_EXAMPLES`` sets how many malformed hellos are tried.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +66,14 @@ def test_the_switch_lies_where_both_take_equally_long() -> None:
 
     assert shaken.choose(SHIPMENT, Link(1.01 * crossover, 0.05)).mode == "kv"
     assert shaken.choose(SHIPMENT, Link(0.99 * crossover, 0.05)).mode == "replay"
+
+
+def test_a_kv_cache_is_not_there_before_it_is_checked() -> None:
+    """What the target takes to check it and take it in counts like the way to it."""
+    shaken, fast = handshake(SOURCE, SOURCE), Link(100 * 12_000_000)
+
+    assert shaken.choose(replace(SHIPMENT, intake_seconds=0.5), fast).mode == "kv"
+    assert shaken.choose(replace(SHIPMENT, intake_seconds=0.7), fast).mode == "replay"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +168,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=int(os.environ.get("AVP_FUZZ_EXAMPLES", "300")), deadline=None)
 @given(st.one_of(_JSON, st.tuples(st.sampled_from(sorted(SOURCE.to_wire())), _JSON)))
 def test_no_input_escapes_as_another_error(given_data: Any) -> None:
     """Any JSON data, and a hello with any JSON in one of its fields."""
@@ -179,6 +191,17 @@ def test_a_link_is_learnt_from_transfers() -> None:
     assert link is not None
     assert link.latency_seconds == 0.02
     assert link.bytes_per_second == pytest.approx(10_000_000)
+
+
+def test_what_buffers_let_through_at_once_does_not_count() -> None:
+    """Short transfers may be over before a link's limit is felt; a longer one outweighs them."""
+    meter = LinkMeter()
+    for size, seconds in ((100, 0.001), (2**16, 0.0011), (2**18, 0.011), (2**20, 0.101)):
+        meter.note(size, seconds)
+
+    link = meter.link
+    assert link is not None
+    assert link.bytes_per_second == pytest.approx(2**20 / 0.1)
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (-1.0, 0.0), (1.0, -0.1), (1.0, math.inf), (math.nan, 0.0)])

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import httpx
+from starlette.applications import Starlette
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.transport.server import Access, Binding, ServerLimits, create_app, serve
@@ -33,14 +34,27 @@ def engine_for(engine: LatentEngine) -> Callable[[str], LatentEngine]:
 
 @contextmanager
 def serving(
-    engine: LatentEngine, *, access: Access | None = None, limits: ServerLimits | None = None, **binding: Any
+    engine: LatentEngine,
+    *,
+    access: Access | None = None,
+    limits: ServerLimits | None = None,
+    extend: Callable[[Starlette], None] = lambda app: None,
+    name: str = MODEL,
+    **binding: Any,
 ) -> Iterator[str]:
     """Serve an engine; yields the URL."""
     allowed = limits or ServerLimits()
     app = create_app(
-        engine_for(engine), model=MODEL, access=access or Access(KnownTokens(), loopback=True), limits=allowed
+        engine_for(engine), model=name, access=access or Access(KnownTokens(), loopback=True), limits=allowed
     )
-    where = Binding(port=free_port(), **binding)
+    extend(app)
+    with running(app, Binding(port=free_port(), **binding), allowed) as url:
+        yield url
+
+
+@contextmanager
+def running(app: Starlette, where: Binding, allowed: ServerLimits) -> Iterator[str]:
+    """Run an application; yields the URL."""
     loop = asyncio.new_event_loop()
     stopped = asyncio.Event()
     thread = threading.Thread(

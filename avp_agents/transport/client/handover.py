@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 from avp_agents.context import Context, TokenSegment
 from avp_agents.errors import HandshakeError
 from avp_agents.projection.thought import SpokenMessage, Thought
+from avp_agents.protocol.frame_decoding import open_frame
+from avp_agents.protocol.frame_values import decode_context, encode_context
 from avp_agents.protocol.handshake import CrossingMode, Decision, Shipment, handshake
 from avp_agents.store.base import AnyHandle
 from avp_agents.transport.client.remote_context import RemoteContext
@@ -26,7 +28,23 @@ TEXT_TOKENS = 256
 _MEASURED_POSITIONS = 256
 _MEASURED_TIMES = 3
 
-_prefill_rates: WeakKeyDictionary[LatentEngine, float] = WeakKeyDictionary()
+_KEY = bytes(32)
+"""Of the frame that is measured with; it goes nowhere."""
+
+_speeds: WeakKeyDictionary[LatentEngine, Speeds] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What an engine does with a context that comes.
+
+    Attributes:
+        prefill: Positions per second that it prefills.
+        intake: Bytes per second of a KV-cache that it checks and takes in.
+    """
+
+    prefill: float
+    intake: float
 
 
 def hand_over(
@@ -71,29 +89,40 @@ def hand_over(
         reason=why if why == decision.reason else f"{decision.reason}; {why}",
         bytes=_moved(source) - before,
         milliseconds=1e3 * (time.perf_counter() - started),
+        estimated_ms=decision.to_metadata()["estimated_ms"],
     )
     crossed.attach(handoff=handoff)
     return crossed
 
 
 def prefill_rate(engine: LatentEngine, context: Context) -> float:
-    """Positions per second that an engine prefills, measured once on ids of this context's.
+    """Positions per second that an engine prefills; see `speeds`."""
+    return speeds(engine, context).prefill
 
-    A prefill of so few positions is slower per position than a long one, so for long contexts this is cautious.
-    """
-    if engine not in _prefill_rates:
+
+def speeds(engine: LatentEngine, context: Context) -> Speeds:
+    """How fast an engine is, measured once on ids of this context's."""
+    if engine not in _speeds:
         ids = context.token_ids() or (0,)
         ids = (ids * (_MEASURED_POSITIONS // len(ids) + 1))[:_MEASURED_POSITIONS]
         # each time in another order: equal beginnings are not computed again
         orders = [ids[turn:] + ids[:turn] for turn in range(1, 1 + _MEASURED_TIMES)]
-        _prefill_rates[engine] = max(_rate(engine, order) for order in orders)
-    return _prefill_rates[engine]
+        measured = [_measure(engine, order) for order in orders]
+        _speeds[engine] = Speeds(max(one.prefill for one in measured), max(one.intake for one in measured))
+    return _speeds[engine]
 
 
-def _rate(engine: LatentEngine, ids: tuple[int, ...]) -> float:
-    usage = engine.replay(Context(engine.fingerprint, engine.dtype, (TokenSegment(ids),))).usage
+def _measure(engine: LatentEngine, ids: tuple[int, ...]) -> Speeds:
+    made = engine.replay(Context(engine.fingerprint, engine.dtype, (TokenSegment(ids),)))
+    usage = made.usage
     assert usage is not None, "what an engine made says what it cost"
-    return (usage.prompt_tokens - usage.positions_reused) / max(usage.prefill_seconds, 1e-6)
+    frame = encode_context(made, key=_KEY).assemble()
+    started = time.perf_counter()
+    engine.accept(decode_context(open_frame(frame, key=_KEY)))
+    return Speeds(
+        prefill=(usage.prompt_tokens - usage.positions_reused) / max(usage.prefill_seconds, 1e-6),
+        intake=len(frame) / (time.perf_counter() - started),
+    )
 
 
 def _decide(remote: RemoteContext, source: RemoteEngine, target: LatentEngine, mode: CrossingMode | None) -> Decision:
@@ -104,9 +133,12 @@ def _decide(remote: RemoteContext, source: RemoteEngine, target: LatentEngine, m
         if mode not in shaken.modes:
             raise HandshakeError(f"{theirs.model} and {ours.model} can use {', '.join(shaken.modes)}, not {mode}.")
         return Decision(mode, "asked for")
+    intake_seconds = 0.0
     if "kv" in shaken.modes:
-        shaken = handshake(theirs, replace(ours, prefill_rate=prefill_rate(target, remote)))
-    return shaken.choose(Shipment(len(remote), remote.nbytes, remote.kv_bytes), source.link())
+        ours = replace(ours, prefill_rate=prefill_rate(target, remote))
+        intake_seconds = (remote.kv_bytes or 0) / speeds(target, remote).intake
+    shipment = Shipment(len(remote), remote.nbytes, remote.kv_bytes, intake_seconds)
+    return handshake(theirs, ours).choose(shipment, source.link())
 
 
 def _cross(
@@ -122,7 +154,7 @@ def _cross(
         return target.accept(fetched) if fetched.dtype == target.dtype else fetched
     told = source.generate([], context=remote, max_tokens=text_tokens)
     spoken = SpokenMessage("assistant", told.text)
-    return target.crossing.project(Thought(remote.fingerprint, remote.recipe_id, (), (spoken,)))
+    return target.crossing.read(Thought(remote.fingerprint, remote.recipe_id, (), (spoken,)))
 
 
 def _project(
@@ -143,7 +175,8 @@ def _project(
     choice = target.crossing.choose(thought)
     if choice.mode == "text":
         return _cross(remote, source, target, "text", text_tokens), "text", choice.reason
-    return target.crossing.project(choice.thought), choice.mode, choice.reason
+    crossed = target.crossing.project if choice.mode == "projection" else target.crossing.read
+    return crossed(choice.thought), choice.mode, choice.reason
 
 
 def _moved(source: RemoteEngine) -> int:

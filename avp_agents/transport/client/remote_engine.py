@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict
@@ -35,7 +36,9 @@ from avp_agents.transport.wire import (
     prompt_to_json,
 )
 
-PROBE_BYTES = 2**18
+PROBE_BYTES = (0, 0, 2**16, 2**18, 2**20, 2**22)
+"""Downloads that measure a link, until one takes long enough to tell."""
+PROBE_SECONDS = 0.02
 
 
 class RemoteEngine:
@@ -120,8 +123,11 @@ class RemoteEngine:
         """How fast bytes come from the server; measured at the first call, and by every transfer since."""
         if (known := self.connection.meter.link) is not None:
             return known
-        for size in (0, 0, PROBE_BYTES):
+        for size in PROBE_BYTES:
+            started = time.perf_counter()
             self.connection.get_bytes(f"{API}/probe", {"bytes": str(size)})
+            if size and time.perf_counter() - started > PROBE_SECONDS:
+                break
         return self.connection.meter.link or Link()
 
     @property

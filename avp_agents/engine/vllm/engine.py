@@ -1,0 +1,374 @@
+"""VllmEngine: the engine's public face on vLLM, in this process or on a server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Sequence as Seq
+from contextlib import aclosing
+from typing import Any, Self, Unpack
+
+from avp_agents.context import Context
+from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Prompt, ThinkOptions
+from avp_agents.engine.delivery import ChunkStream, await_context, stream_chunks, wait_for_context
+from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
+from avp_agents.engine.vllm.backend import Backend
+from avp_agents.engine.vllm.in_process import InProcess
+from avp_agents.engine.vllm.requests import RequestBuilder
+from avp_agents.engine.vllm.served_model import ModelSettings, ServedModel
+from avp_agents.engine.vllm.server import Address, Server
+from avp_agents.engine.vllm.worker import Worker
+from avp_agents.errors import EngineClosedError
+from avp_agents.handle import ContextHandle
+from avp_agents.models import resolve_model
+from avp_agents.store import ContextStore, default_store
+from avp_agents.tracing import start_operation
+
+_HUB = {"revision": "revision", "hf_token": "token"}
+"""vLLM's names of options that say where files come from, and the hub's."""
+
+
+class VllmEngine:
+    """Implements `avp_agents.engine.base.Engine` with vLLM. Thread-safe; works on any event loop.
+
+    Contexts are those of a `LatentEngine` with the same weights and dtype: either engine goes on with what the other
+    one made. They reach vLLM as lineage, token ids and latent embeddings, and are prefilled there as far as vLLM's own
+    prefix cache does not hold them; so any replica can take any request.
+
+    vLLM admits requests in the order in which they come: ``source`` has no say. It draws random numbers of its own: a
+    seed gives the same answer again, but not the one that a `LatentEngine` gives.
+
+    Example:
+        >>> with VllmEngine.from_pretrained("Qwen/Qwen3-8B", latent_steps=True) as engine:
+        ...     context = engine.think("Analyze: 24 * 17 + 3", steps=20)
+        ...     print(engine.generate("Solve step by step: 24 * 17 + 3", context=context).text)
+    """
+
+    def __init__(self, model: ServedModel, backend: Backend, store: ContextStore) -> None:
+        self.model_path = model.settings.name
+        self.store = store
+        self._model = model
+        self._runtime = _Runtime(model, backend)
+        self._finalizer = weakref.finalize(self, self._runtime.close)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | None = None,
+        *,
+        dtype: str | None = None,
+        latent_steps: bool = False,
+        store: ContextStore | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Self:
+        """An engine with a vLLM of its own; the weights are loaded at the first use.
+
+        vLLM starts further processes, so a script needs ``if __name__ == "__main__":`` around its work.
+
+        Args:
+            name_or_path: Hub name or folder; None is the embedded default model.
+            dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default what vLLM makes of the checkpoint.
+            latent_steps: Load the plugin for latent steps inside vLLM, which `think` needs.
+            store: Where handles are resolved; by default memory over disk in the user's cache folder.
+            chat_template_kwargs: Options of the chat template, such as ``{"enable_thinking": False}``.
+            **options: vLLM's engine arguments: ``tensor_parallel_size``, ``gpu_memory_utilization``, ``max_model_len``,
+                ``revision``, ...
+
+        Raises:
+            ModelNotFoundError: No name was given, and no source has the default model.
+            ConfigurationError: An option is one that the engine sets itself.
+            UnsupportedModelError: `latent_steps`, and the plugin does not have this architecture.
+        """
+        path = resolve_model(name_or_path)
+        hub = {name: options[option] for option, name in _HUB.items() if option in options}
+        model = ServedModel(ModelSettings(path, hub, None, dict(chat_template_kwargs or {})))
+        backend = InProcess(model, dtype=dtype, latent_steps=latent_steps, options=options)
+        return cls(model, backend, store if store is not None else default_store())
+
+    @classmethod
+    def from_server(
+        cls,
+        url: str,
+        name_or_path: str | None = None,
+        *,
+        served_name: str | None = None,
+        api_key: str | None = None,
+        dtype: str | None = None,
+        fingerprint: str | None = None,
+        store: ContextStore | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        seconds: float = 600.0,
+        **hub: Any,
+    ) -> Self:
+        """An engine on a vLLM server that runs somewhere, which is asked at the first use.
+
+        The server needs ``--enable-prompt-embeds --trust-request-chat-template``; ``--enable-prompt-tokens-details`` to
+        tell what its prefix cache held; ``--structured-outputs-config.backend guidance`` for tools, structured output
+        and grammars; and for `think` the arguments of ``latent_arguments``. See docs/vllm.md.
+
+        Args:
+            url: ``http://host:port``.
+            name_or_path: The checkpoint that the server runs, for its tokenizer and fingerprint: hub name or folder; by
+                default the name by which the server knows it, which is asked for now.
+            served_name: What the server calls it, where it serves several.
+            api_key: The server's ``--api-key``.
+            dtype: What the server holds the model in; by default the checkpoint's.
+            fingerprint: Which model it is, as an engine with its weights reports it. Without one it is computed from
+                the weights, which then have to be at hand here.
+            store: As in `from_pretrained`.
+            chat_template_kwargs: As in `from_pretrained`.
+            seconds: How long an answer, or the next piece of one, may take.
+            **hub: ``revision``, ``token``, ``local_files_only``, ``cache_dir``: where the checkpoint's files come from.
+
+        Raises:
+            TransportError: That is not a URL, or the server was to be asked and cannot be reached.
+            ConfigurationError: An option is unknown.
+        """
+        address = Address(url, api_key=api_key, seconds=seconds)
+        name = name_or_path or str(address.served(served_name)["root"])
+        model = ServedModel(ModelSettings(name, hub, fingerprint, dict(chat_template_kwargs or {})))
+        backend = Server(address, model, served_name=served_name, dtype=dtype)
+        return cls(model, backend, store if store is not None else default_store())
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of weights, architecture and tokenizer; reads samples of the weights, and loads nothing."""
+        return self._model.fingerprint
+
+    @property
+    def dtype(self) -> str:
+        """``"float32"``, ``"bfloat16"`` or ``"float16"``; loads the model."""
+        return self._runtime.worker.facts.dtype
+
+    @property
+    def context_window(self) -> int:
+        """Positions that a request may have; loads the model."""
+        return self._runtime.worker.facts.window
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls; needs the tokenizer only."""
+        return self._model.renderer.tool_format
+
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Seq[ToolDefinition] = (),
+    ) -> int:
+        """Positions of the rendered prompt, its tools included; needs the tokenizer only."""
+        return self._model.renderer.count(prompt, chat_template_kwargs=chat_template_kwargs, tools=tools)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text as message content: no template, no BOS, control tokens in it are plain text."""
+        return self._model.renderer.encode(text)
+
+    def load(self) -> None:
+        """Start vLLM now instead of at the first use."""
+        self._runtime.worker  # noqa: B018  (made at the first look)
+
+    def think(
+        self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
+    ) -> Context:
+        """Prefill the prompt (on top of `context`) and run latent steps in vLLM; see `LatentEngine.think`.
+
+        Raises:
+            UnsupportedModelError: vLLM runs without the plugin for latent steps.
+            ContextWindowError: It does not fit the window.
+            FingerprintMismatchError: `context` belongs to another model or dtype.
+            NumericalError: NaN or Inf came up.
+            RequestTimeoutError, EngineBusyError, EngineClosedError, PromptError, ConfigurationError, TransportError
+        """
+        build = self._requests.thinking
+        return wait_for_context(
+            self._worker,
+            lambda deliver: build(prompt, steps, context, options, deliver),
+            start_operation("think", self.model_path, {**options, "steps": steps}),
+        )
+
+    def generate(
+        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Prefill the prompt (on top of `context`) and decode an answer; see `LatentEngine.generate`.
+
+        Raises:
+            UnsupportedModelError: The context holds positions that vLLM cannot compute (it was spliced).
+            ContextWindowError, FingerprintMismatchError, RequestTimeoutError, EngineBusyError, EngineClosedError,
+            PromptError, ConfigurationError, TransportError
+        """
+        for chunk in self.stream(prompt, context=context, **options):
+            if chunk.generation is not None:
+                return chunk.generation
+        raise AssertionError("a stream ends with its generation")
+
+    def stream(
+        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
+    ) -> ChunkStream:
+        """`generate`, token by token; closing the iterator aborts the request in vLLM.
+
+        Raises:
+            As `generate`; what can be checked before work starts is raised at once, not at the first chunk.
+        """
+        build = self._requests.answering
+        return ChunkStream(
+            self._worker,
+            lambda deliver: build(prompt, context, options, deliver),
+            start_operation("chat", self.model_path, options),
+        )
+
+    def replay(self, context: Context) -> Context:
+        """The same context, prefilled in vLLM so that its prefix cache holds it.
+
+        Raises:
+            As `generate`.
+        """
+        return wait_for_context(
+            self._worker,
+            lambda deliver: self._requests.replaying(context, deliver),
+            start_operation("replay", self.model_path),
+        )
+
+    def join(
+        self,
+        contexts: Seq[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        """Several contexts as one, for the next agent to go on with; vLLM computes it with the next request.
+
+        Args:
+            contexts: Of this model, in the order in which the next agent reads them.
+            strategy: ``"replay"`` or ``"text"``; see `avp_agents.engine.join`.
+            timeout, source: Of no meaning here: nothing is computed.
+
+        Raises:
+            UnsupportedModelError: The strategy is ``"splice"``.
+            ConfigurationError, PromptError, ContextWindowError, FingerprintMismatchError
+        """
+        with start_operation("join", self.model_path, {"strategy": strategy}):
+            return self._requests.joined(contexts, strategy)
+
+    def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
+        """The context a handle stands for; see `LatentEngine.resolve`.
+
+        Raises:
+            InvalidHandleError, ContextLostError, FingerprintMismatchError
+        """
+        context = self.store.get(handle, scope=scope)
+        self._requests.check(context)
+        return context
+
+    async def athink(
+        self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
+    ) -> Context:
+        """Asynchronous `think`; cancelling the task aborts the request in vLLM."""
+        worker = await asyncio.to_thread(self._started)
+        build = self._requests.thinking
+        operation = start_operation("think", self.model_path, {**options, "steps": steps})
+        return await await_context(worker, lambda deliver: build(prompt, steps, context, options, deliver), operation)
+
+    async def agenerate(
+        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Asynchronous `generate`; cancelling the task aborts the request in vLLM."""
+        async with aclosing(self.astream(prompt, context=context, **options)) as chunks:
+            async for chunk in chunks:
+                if chunk.generation is not None:
+                    return chunk.generation
+        raise AssertionError("a stream ends with its generation")
+
+    async def astream(
+        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[Chunk, None]:
+        """Asynchronous `stream`; leaving the iterator aborts the request in vLLM."""
+        worker = await asyncio.to_thread(self._started)
+        build = self._requests.answering
+        operation = start_operation("chat", self.model_path, options)
+        stream = stream_chunks(worker, lambda deliver: build(prompt, context, options, deliver), operation)
+        async with aclosing(stream):
+            async for chunk in stream:
+                yield chunk
+
+    async def areplay(self, context: Context) -> Context:
+        """Asynchronous `replay`."""
+        worker = await asyncio.to_thread(self._started)
+        operation = start_operation("replay", self.model_path)
+        return await await_context(worker, lambda deliver: self._requests.replaying(context, deliver), operation)
+
+    async def ajoin(
+        self,
+        contexts: Seq[Context],
+        *,
+        strategy: JoinStrategy = "replay",
+        timeout: float | None = None,
+        source: str = "",
+    ) -> Context:
+        """Asynchronous `join`."""
+        return await asyncio.to_thread(self.join, contexts, strategy=strategy, timeout=timeout, source=source)
+
+    async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
+        """Asynchronous `resolve`."""
+        return await asyncio.to_thread(self.resolve, handle, scope=scope)
+
+    def close(self) -> None:
+        """Stop vLLM, or leave the server; running requests end with `EngineClosedError`."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _started(self) -> Worker:
+        return self._runtime.worker
+
+    @property
+    def _worker(self) -> Worker:
+        return self._runtime.worker
+
+    @property
+    def _requests(self) -> RequestBuilder:
+        return self._runtime.requests
+
+
+class _Runtime:
+    """vLLM, started at the first use. Thread-safe."""
+
+    def __init__(self, model: ServedModel, backend: Backend) -> None:
+        self._model, self._backend = model, backend
+        self._lock = threading.Lock()
+        self._running: tuple[Worker, RequestBuilder] | None = None
+        self._closed = False
+
+    @property
+    def worker(self) -> Worker:
+        """Who speaks with vLLM."""
+        return self._started()[0]
+
+    @property
+    def requests(self) -> RequestBuilder:
+        """Who makes requests for it."""
+        return self._started()[1]
+
+    def close(self) -> None:
+        """Stop vLLM."""
+        with self._lock:
+            self._closed = True
+            if self._running is not None:
+                self._running[0].close()
+
+    def _started(self) -> tuple[Worker, RequestBuilder]:
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("The engine was closed.")
+            if self._running is None:
+                worker = Worker(self._backend)
+                self._running = worker, RequestBuilder(self._model, worker.facts)
+            return self._running

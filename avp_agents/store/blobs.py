@@ -1,0 +1,204 @@
+"""What a store on a server needs of that server: named bytes of one namespace, and an order among writers.
+
+Small blobs are named ``kind/id``: ``handles``, ``pins``, ``segments``, ``kv`` (what a payload holds and which it is)
+and ``payloads`` (its bytes, where another server keeps it).
+Payloads, the KV-caches themselves, may be hundreds of megabytes; they have a name of their own for each writing, so
+they never change and are written without holding anybody up.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Lock, Thread
+from typing import Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from avp_agents.errors import StoreUnavailableError
+
+Kind = Literal["handles", "pins", "segments", "kv", "payloads"]
+
+PAYLOAD_CHUNK = 8 << 20
+"""Payloads cross the network in requests of this many bytes."""
+
+PAUSE = 5.0
+"""Seconds for which a server that did not answer is not asked again."""
+
+
+class Blobs(ABC):
+    """One namespace's bytes on a server. Thread-safe.
+
+    Every method raises `StoreUnavailableError` where the server does not answer in time or refuses.
+
+    Attributes:
+        place: Where they are, for messages; without credentials.
+    """
+
+    place: str
+
+    @abstractmethod
+    def read(self, names: Sequence[str]) -> list[bytes | None]:
+        """Small blobs, in this order; None where there is none."""
+
+    @abstractmethod
+    def existing(self, names: Sequence[str]) -> set[str]:
+        """Those of the small blobs that are there."""
+
+    @abstractmethod
+    def add(self, blobs: Mapping[str, bytes]) -> set[str]:
+        """Write those small blobs that are not there yet, and say which. Within `writing`.
+
+        Nobody finds a handle among them without all that came before it.
+        """
+
+    @abstractmethod
+    def write(self, blobs: Mapping[str, bytes]) -> None:
+        """Write or replace small blobs; whoever reads one finds the old bytes or the new. Within `writing`."""
+
+    @abstractmethod
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove small blobs, in this order, where they are there. Within `removing`; ``payloads`` also `writing`."""
+
+    @abstractmethod
+    def sizes(self, kind: Kind) -> dict[str, int]:
+        """Bytes of all small blobs of a kind, by id."""
+
+    @abstractmethod
+    def use(self, handle_id: str) -> None:
+        """Note a handle's use as of now."""
+
+    @abstractmethod
+    def uses(self, handle_id: str | None = None) -> dict[str, float]:
+        """When handles (one, or all) were last used, by the clock of `now`."""
+
+    @abstractmethod
+    def forget_uses(self, handle_ids: Sequence[str]) -> None:
+        """Forget when handles were used. Within `removing`."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds since the epoch."""
+
+    @abstractmethod
+    def writing(self) -> AbstractContextManager[None]:
+        """Held while blobs are written: nobody is within `removing` meanwhile, but others may be within `writing`."""
+
+    @abstractmethod
+    def removing(self) -> AbstractContextManager[None]:
+        """Held while blobs are removed: nobody else is within `writing` or `removing` meanwhile. Includes `writing`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close connections."""
+
+
+class Payloads(ABC):
+    """Where a namespace's payloads lie. Thread-safe; raises as `Blobs` does."""
+
+    @abstractmethod
+    def read_payload(self, name: str, size: int) -> bytearray | None:
+        """A payload of `size` bytes; None unless it is there in that size."""
+
+    @abstractmethod
+    def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write `size` bytes under a new name. What a killed writer leaves goes away after a while."""
+
+    @abstractmethod
+    def keep_payload(self, name: str, size: int) -> None:
+        """The payload is about to be referred to. Within `Blobs.writing`."""
+
+    @abstractmethod
+    def remove_payloads(self, names: Sequence[str]) -> None:
+        """Remove payloads where they are there. Within `Blobs.writing`."""
+
+    @abstractmethod
+    def payload_sizes(self) -> dict[str, int]:
+        """Bytes of all payloads, by name."""
+
+    @abstractmethod
+    def remove_abandoned(self, referred: set[str]) -> None:
+        """Remove payloads that nothing refers to, unless something may yet. Within `Blobs.removing`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close connections."""
+
+
+@contextmanager
+def renewed(renew: Callable[[], bool], every: float) -> Iterator[None]:
+    """Renew a lease on a thread of its own until the block ends, or until `renew` says that it is no longer ours."""
+    done = Event()
+
+    def keep() -> None:
+        while not done.wait(every):
+            try:
+                if not renew():
+                    return
+            except StoreUnavailableError:
+                return
+
+    thread = Thread(target=keep, name="avp-store-lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Reachability:
+    """Turns a server's errors into `StoreUnavailableError`, and after one leaves the server alone for `PAUSE` seconds.
+
+    A graph that goes on without the store then waits for one timeout, not for one at each of its steps.
+    """
+
+    def __init__(self, place: str, errors: tuple[type[BaseException], ...]) -> None:
+        self._place, self._errors = place, errors
+        self._lock = Lock()
+        self._silent_until = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Around every request.
+
+        Raises:
+            StoreUnavailableError: The request failed, or one did less than `PAUSE` seconds ago.
+        """
+        with self._lock:
+            left = self._silent_until - time.monotonic()
+        if left > 0:
+            raise StoreUnavailableError(
+                f"{self._place} did not answer and is asked again in {left:.1f} s. Check that it runs."
+            )
+        try:
+            yield
+        except self._errors as error:
+            with self._lock:
+                self._silent_until = time.monotonic() + PAUSE
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise StoreUnavailableError(
+                f"{self._place} cannot be used: {reason}. Check that it runs, and address and credentials."
+            ) from error
+
+
+def rechunked(parts: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of `size`, the last one perhaps shorter."""
+    pending = bytearray()
+    for part in parts:
+        view = memoryview(part).cast("B")
+        while len(pending) + len(view) >= size:
+            taken = size - len(pending)
+            yield bytes(pending) + bytes(view[:taken])
+            pending.clear()
+            view = view[taken:]
+        pending += view
+    if pending:
+        yield bytes(pending)
+
+
+def redacted(url: str) -> str:
+    """A URL as it may be shown: without user, password and query."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))

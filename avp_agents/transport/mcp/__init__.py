@@ -1,0 +1,43 @@
+"""Contexts and latent thinking over the Model Context Protocol. Needs ``avp-agents[mcp]``. See docs/mcp-a2a.md.
+
+    mount            what `avp-agents serve --mcp` adds to a server: tools and resources at ``/mcp``
+    McpContexts      the client: a context offered over MCP becomes one of an engine here
+
+The server announces the extension `EXTENSION`. To a client that knows nothing of it, contexts are text resources, and
+`think` and `generate` are ordinary tools.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from avp_agents.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from avp_agents.transport.mcp.client import McpContexts
+    from avp_agents.transport.mcp.endpoint import mount
+
+__all__ = ["EXTENSION", "McpContexts", "mount"]
+
+EXTENSION = "avp-agents/contexts"
+"""Identifies what is spoken here among a server's capabilities."""
+
+ERROR_KEY = "avp-agents/error"
+"""Where an error's class and message stand in the ``_meta`` of a tool's result."""
+
+_MODULES = {"McpContexts": "client", "mount": "endpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import client or server on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'avp_agents.transport.mcp' has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        import mcp_types  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            'MCP needs version 2 of the package mcp. Install it with: pip install "avp-agents[mcp]"'
+        ) from error
+    return getattr(import_module(f"avp_agents.transport.mcp.{_MODULES[name]}"), name)

@@ -1,0 +1,117 @@
+"""KV-caches in a real Mooncake over TCP, lineages in a real Redis."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from servers import Server, mooncake_master, redis_server
+
+from avp_agents.errors import StoreUnavailableError
+from avp_agents.store.mooncake import MooncakeStore
+from avp_agents.store.redis import RedisStore
+from avp_agents.testing import ContextStoreConformance, make_context
+from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
+from avp_agents.testing.store_suite import TENANT
+
+MEMORY = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def lineages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with mooncake_master(tmp_path_factory.mktemp("mooncake")) as server:
+        yield server
+
+
+@pytest.fixture
+def url(lineages: Server) -> str:
+    """An empty database."""
+    url = f"redis://127.0.0.1:{lineages.port}/0"
+    redis.Redis.from_url(url).flushdb()
+    return url
+
+
+def open_store(url: str, master: Server, **options: Any) -> MooncakeStore:
+    lineage = RedisStore(url, **options)
+    return MooncakeStore(lineage, master=f"127.0.0.1:{master.port}", host="127.0.0.1", memory_bytes=MEMORY)
+
+
+@pytest.fixture(scope="module")
+def _peer(lineages: Server, master: Server) -> Iterator[None]:
+    """A store that stays open, so that the others of this module need not join Mooncake again."""
+    store = open_store(f"redis://127.0.0.1:{lineages.port}/1", master, namespace=TENANT)
+    yield
+    store.close()
+
+
+@pytest.mark.usefixtures("_peer")
+class TestConformance(ContextStoreConformance):
+    @pytest.fixture(autouse=True)
+    def _servers(self, url: str, master: Server) -> None:
+        self.url, self.master = url, master
+
+    def make_store(self, **options: Any) -> MooncakeStore:
+        return open_store(self.url, self.master, **options)
+
+
+READER = """
+import sys
+from avp_agents.store import MooncakeStore, Namespace, RedisStore
+url, master, handle = sys.argv[1:]
+lineage = RedisStore(url, namespace=Namespace("tenant", b"k" * 32))
+store = MooncakeStore(lineage, master=master, host="127.0.0.1", memory_bytes=0)
+print(store.get(handle).kv_len)
+store.close()
+"""
+
+
+@pytest.mark.usefixtures("_peer")
+def test_another_process_gets_the_kv_cache(url: str, master: Server) -> None:
+    context = make_context(tokens=2000, head_dim=64)
+    store = open_store(url, master, namespace=TENANT)
+    handle = store.put(context)
+
+    command = [sys.executable, "-c", READER, url, f"127.0.0.1:{master.port}", handle.id]
+    other = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert other.stdout.split()[-1:] == [str(context.kv_len)], other.stderr[-2000:]
+    store.close()
+
+
+def test_without_mooncake_the_lineage_is_left(url: str, tmp_path: Path) -> None:
+    with mooncake_master(tmp_path) as master:
+        lineage = RedisStore(url, namespace=TENANT)
+        address = f"127.0.0.1:{master.port}"
+        store = MooncakeStore(lineage, master=address, host="127.0.0.1", memory_bytes=MEMORY, timeout=1)
+        handle = store.put(make_context())
+        assert_same_kv(store.get(handle), make_context())
+
+        master.freeze()
+        asked = time.monotonic()
+        found = store.get(handle)
+        other = store.put(make_context(seed=1))
+        took = time.monotonic() - asked
+        master.thaw()
+        store.close()
+
+    assert_same_lineage(found, make_context())
+    assert found.kv is None
+    assert other.id != handle.id
+    assert took < 5, "nothing may be waited for longer than the timeout"
+
+
+def test_a_master_that_is_not_there_is_a_clear_error(url: str) -> None:
+    with pytest.raises(StoreUnavailableError, match="Mooncake at 127"):
+        MooncakeStore(RedisStore(url, namespace=TENANT), master="127.0.0.1:9", host="127.0.0.1", timeout=2)
