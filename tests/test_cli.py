@@ -121,7 +121,6 @@ class TestErrors:
         assert "pip install 'avp-agents[langgraph]'" in result.stderr
         assert result.stdout == ""
 
-
     def test_an_unknown_framework_names_the_known_ones(self) -> None:
         result = runner.invoke(app, ["demo", "--framework", "autogen"])
 

@@ -17,8 +17,8 @@ from avp_agents.errors import ConfigurationError, ContextLostError, KvMemoryErro
 from avp_agents.handle import ContextHandle
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.byte_budget import ByteBudget
 from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
-from avp_agents.store.disk_budget import DiskBudget
 from avp_agents.store.durable import make_private_folder
 from avp_agents.store.folder import NamespaceFolder
 from avp_agents.store.handle_record import HandleRecord
@@ -65,7 +65,7 @@ class DiskStore(ContextStore):
         with _disk_errors():
             make_private_folder(self.path)
         self._folder = NamespaceFolder(self.path, self.namespace)
-        self._budget = DiskBudget(self._folder, byte_budget)
+        self._budget = ByteBudget(self._folder, byte_budget)
         self._counts_lock = threading.Lock()
         self._hits = self._misses = 0
 

@@ -152,7 +152,7 @@ class _Client:
 
     def __init__(self, place: str, timeout: float) -> None:
         try:
-            from mooncake.store import MooncakeDistributedStore
+            from mooncake.store import MooncakeDistributedStore  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigurationError(
                 f'Mooncake cannot be loaded ({error}). Install it with: pip install "avp-agents[mooncake]"; it '

@@ -14,8 +14,8 @@ from avp_agents.handle import ContextHandle
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.blobs import Blobs, Payloads
+from avp_agents.store.byte_budget import ByteBudget
 from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
-from avp_agents.store.disk_budget import DiskBudget
 from avp_agents.store.encryption import Encryption
 from avp_agents.store.handle_record import HandleRecord
 from avp_agents.store.kv_file import KvPart, check_layers
@@ -62,7 +62,7 @@ class SharedStore(ContextStore):
         payloads: Where KV-caches lie: the same, or another server.
         namespace, byte_budget, ttl: As for every store. Every worker needs the same namespace and key. The budget
             counts bytes as they are stored, handles not included; workers with the same budget keep to it together, to
-            within 1/64 for each.
+            within 1/64 for each and what they write at the same moment.
         max_kv_bytes: KV-caches that would add more than this to the store are not kept; None keeps all, 0 none.
         encryption: Seals everything that goes to the server.
     """
@@ -83,7 +83,7 @@ class SharedStore(ContextStore):
         self.encryption = encryption
         self.blobs, self.payloads = blobs, payloads
         self._records = SharedRecords(blobs, payloads, namespace, encryption)
-        self._budget = DiskBudget(self._records, byte_budget)
+        self._budget = ByteBudget(self._records, byte_budget)
         self._budget_lock = threading.Lock()
         self._counts_lock = threading.Lock()
         self._hits = self._misses = 0
@@ -346,7 +346,7 @@ class SharedStore(ContextStore):
     def _make_room(
         self, size: int, segment_ids: Sequence[str], *, kv_only: bool = False, spare: str | None = None
     ) -> bool:
-        """Evict so that `size` more bytes fit; see `DiskBudget.make_room`."""
+        """Evict so that `size` more bytes fit; see `ByteBudget.make_room`."""
         with self._budget_lock:
             if not self._budget.must_look(size):
                 return self._budget.make_room(size, segment_ids)

@@ -228,6 +228,8 @@ def test_many_writers_and_a_budget(url: str) -> None:
     for worker in workers:
         worker.join()
 
-    stats = RedisStore(url, namespace=TENANT, byte_budget=budget).stats()
-    assert 0 < stats.lineage_bytes <= budget * (1 + 3 / 64), "each worker keeps to it to within 1/64"
-    assert stats.contexts >= 4
+    store = RedisStore(url, namespace=TENANT, byte_budget=budget)
+    assert store.stats().lineage_bytes <= budget * 8 / 6, "over it is at most what two others wrote at the same moment"
+    store.prune()
+    assert 0 < store.stats().lineage_bytes <= budget
+    assert store.stats().contexts >= 4

@@ -1,4 +1,4 @@
-"""Keeps a namespace's folder under a byte budget without listing it at each write."""
+"""Keeps a namespace under a byte budget without listing it at each write."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Counted(Protocol):
         ...
 
 
-class DiskBudget:
-    """The budget of one folder. All methods are called under the folder's lock.
+class ByteBudget:
+    """The budget of one namespace. All methods are called under its lock.
 
     Attributes:
         evictions: KV files and handles removed to keep it.
