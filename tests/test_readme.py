@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?:<!-- (\w+): (\w+) -->\n)?```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = {name: text for kind, name, _, text in BLOCKS if kind == "command"}
-EXAMPLES = {name: text for kind, name, _, text in BLOCKS if kind == "example"}
+SERVED = {"curl", "openai"}
+"""Examples that need a server: tests/transport/test_serving_examples.py runs them."""
+EXAMPLES = {name: text for kind, name, _, text in BLOCKS if kind == "example" and name not in SERVED}
 
 GIVEN = {
     "tools": """

@@ -17,6 +17,7 @@ from avp_agents.errors import ConfigurationError
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.transport.server import Access, Binding, ServerLimits
 
 TOKEN_VARIABLE = "AVP_SERVE_TOKEN"
@@ -46,6 +47,9 @@ def serve(
         int | None,
         typer.Option(min=1, help="MiB for KV-caches. Default: 2048 on a CPU, 60 % of an accelerator's free memory."),
     ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Answers do not depend on what else is computed, for some speed.")
+    ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Most requests at a time, per namespace.")] = 64,
     rate: Annotated[float | None, typer.Option(help="Most requests a second, per namespace.")] = None,
     contexts: Annotated[int, typer.Option(min=1, help="Most stored contexts, per namespace.")] = 10_000,
@@ -71,9 +75,10 @@ def serve(
         open_store(store).close()
     extensions = [_mcp_endpoint()] if mcp else []
     folder, shown = resolve_model(model), _shown_name(name, model)
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "max_batch": max_batch}
-    options["kv_pool_bytes"] = kv_pool_mib * 2**20 if kv_pool_mib is not None else None
-    _run(folder, shown, store, binding, limits, access, extensions, **options)
+    pool = kv_pool_mib * 2**20 if kv_pool_mib is not None else None
+    settings = {"max_batch": max_batch, "kv_pool_bytes": pool, "batch_invariant": batch_invariant}
+    load = partial(_load, folder, dtype=dtype, device=device, **settings)
+    _run(load, shown, store, binding, limits, access, extensions)
 
 
 def add_token(
@@ -86,38 +91,37 @@ def add_token(
     typer.echo(add(tokens, namespace))
 
 
+def _load(folder: str, **options: Any) -> LatentEngine:
+    """An engine with its weights in memory."""
+    from transformers.utils import logging
+
+    from avp_agents.engine.latent_engine import LatentEngine
+
+    logging.disable_progress_bar()
+    engine = LatentEngine.from_pretrained(folder, **options)
+    engine.load()
+    return engine
+
+
 def _run(
-    folder: str,
+    load: Callable[[], LatentEngine],
     name: str,
     store: str | None,
     binding: Binding,
     limits: ServerLimits,
     access: Access,
     extensions: Sequence[Callable[[Starlette], None]],
-    *,
-    dtype: str | None,
-    device: str | None,
-    max_batch: int,
-    kv_pool_bytes: int | None,
 ) -> None:
     """Load the model, and serve until the process is told to stop."""
     import asyncio
 
+    from avp_agents.store import default_store, open_store
+    from avp_agents.transport.server import create_app
+    from avp_agents.transport.server import serve as serve_app
+
     console = progress_console()
-    with console.status("Importing torch and transformers") as status:
-        from transformers.utils import logging
-
-        from avp_agents.engine.latent_engine import LatentEngine
-        from avp_agents.store import default_store, open_store
-        from avp_agents.transport.server import create_app
-        from avp_agents.transport.server import serve as serve_app
-
-        logging.disable_progress_bar()
-        status.update("Loading the model")
-        engine = LatentEngine.from_pretrained(
-            folder, dtype=dtype, device=device, max_batch=max_batch, kv_pool_bytes=kv_pool_bytes
-        )
-        engine.load()
+    with console.status("Loading the model"):
+        engine = load()
     with engine:
         open_for = default_store if store is None else partial(open_store, store)
         app = create_app(

@@ -24,11 +24,11 @@ def bench_soak(
     """Serve a model to clients half of which leave early, and see whether it leaks; exit code 1 where it does."""
     with contextlib.redirect_stdout(sys.stderr), progress_console().status("Starting the server") as status:
         from avp_agents.evals.served_model import served_model
-        from avp_agents.evals.soak import SERVER_ENVIRONMENT, SERVER_OPTIONS, Soak
+        from avp_agents.evals.soak import SERVER_OPTIONS, Soak
         from avp_agents.models import resolve_model
 
         options = [*SERVER_OPTIONS, "--dtype", dtype, *(["--device", device] if device is not None else [])]
-        with served_model(resolve_model(model), *options, environment=SERVER_ENVIRONMENT) as server:
+        with served_model(resolve_model(model), *options) as server:
             result = Soak(server, concurrency, seed, status.update).run(requests)
     if as_json:
         print_json(result.to_json())

@@ -9,11 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import httpx
 
@@ -41,15 +40,12 @@ class ServedModel:
 
 
 @contextmanager
-def served_model(
-    folder: str, *options: str, environment: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[ServedModel]:
+def served_model(folder: str, *options: str) -> Iterator[ServedModel]:
     """Serve a model while this is open. What the server stores lies in a temporary folder.
 
     Args:
         folder: Of the model.
         options: Further ones of `avp-agents serve`.
-        environment: More variables of its environment.
 
     Raises:
         ConfigurationError: The server does not start.
@@ -61,7 +57,7 @@ def served_model(
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-c", _COMMAND, "serve", folder, "--port", str(port), *options],
-                stdout=file, stderr=file, env={**os.environ, **environment, **own},
+                stdout=file, stderr=file, env={**os.environ, **own},
             )  # fmt: skip
         try:
             _wait_until_up(url, process, log)
