@@ -24,6 +24,7 @@ from avp_agents.evals.timing import medians
 from avp_agents.kv_cache import HostKv
 from avp_agents.protocol import FrameReader, decode_context, encode_context, open_frame, read_frame
 from avp_agents.protocol.frame_mac import tail_mac
+from avp_agents.protocol.tensor_bytes import empty_buffer
 
 LAYERS, KV_HEADS, HEAD_DIM = 24, 8, 128
 _KEY = b"a key for measuring with, no secret"
@@ -75,7 +76,8 @@ def _speed(context: Context, repeats: int) -> list[Figure]:
     """Encoding and decoding against copying the same bytes, and what checksums and MAC take of it."""
     size = _kv(context).nbytes
     source, target = np.ones(size, dtype=np.uint8), np.ones(size, dtype=np.uint8)
-    buffer = bytearray(encode_context(context, key=_KEY).nbytes)
+    buffer = empty_buffer(encode_context(context, key=_KEY).nbytes)
+    buffer[:] = bytes(len(buffer))
     variants: dict[str, Callable[[], None]] = {"memcpy": lambda: np.copyto(target, source)}
     for name, authenticate in (("", False), (" with the MAC over keys and values", True)):
         variants["encoded" + name] = lambda on=authenticate: _encode(context, on).copy_into(buffer)
