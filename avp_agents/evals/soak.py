@@ -39,8 +39,8 @@ PATIENCE_SECONDS = 1.5
 """How long those who leave stay at most."""
 SETTLE_SECONDS = 60.0
 SERVER_OPTIONS = ("--kv-pool-mib", "128", "--batch-invariant")
-"""On a CPU, memory for KV-caches is taken when it is first written to, and kernels are kept for each number of rows that
-was ever computed. A small pool and batches of few sizes are complete after the warm-up: then growth is a leak."""
+"""On a CPU, memory for KV-caches is taken when it is first written to, and kernels are kept for each number of rows
+that was ever computed. A small pool and few batch sizes are complete after the warm-up: then growth is a leak."""
 _MIB = 2**20
 
 
