@@ -3,7 +3,7 @@
     same weights, another dtype    replay        the lineage, its latents cast
     enough shared vocabulary       projection    the text that the source read, and its thought as a vector
                                    reread        the same without the vector
-    anything else                  text          what the source, asked to go on, says about its thought
+    anything else                  text          what the source says when it is asked for its thought
 
 The source's engine must be one of this process; `Crossing` has the two halves for models in different ones.
 """
@@ -21,7 +21,7 @@ from avp_agents.engine.casting import in_dtype
 from avp_agents.engine.crossing import Reread
 from avp_agents.engine.directory import find_engine
 from avp_agents.errors import FingerprintMismatchError
-from avp_agents.projection.thought import SpokenMessage, Thought
+from avp_agents.projection.thought import TELL, TELL_TOKENS, SpokenMessage, Thought
 from avp_agents.protocol.handshake import Shipment, handshake
 from avp_agents.usage import Handoff
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.engine.model_runtime import ModelRuntime
     from avp_agents.store import ContextStore
-
-TEXT_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -171,8 +169,8 @@ class Reception:
         return handoff, self._told(source, context) if choice.mode == "text" else choice.thought
 
     def _told(self, source: LatentEngine, context: Context) -> Thought:
-        """The source goes on from its thought, in words."""
-        answer = source.for_store(self._store).generate([], context=context, max_tokens=TEXT_TOKENS)
+        """The source says its thought in words."""
+        answer = source.for_store(self._store).generate(TELL, context=context, max_tokens=TELL_TOKENS)
         return Thought(context.fingerprint, context.recipe_id, (), (SpokenMessage("assistant", answer.text),))
 
 

@@ -28,6 +28,11 @@ MAX_MESSAGES = 1024
 MAX_BYTES = 16 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{16,128}")
 
+TELL = "Say in your own words what you found out: the facts that matter, and your answer."
+"""What a source is asked where only its words cross: behind latent steps, a model that is asked nothing says little."""
+TELL_TOKENS = 256
+"""How many of its words then cross at most."""
+
 SpokenRole = Literal["system", "user", "assistant", "tool"]
 _ROLES: tuple[str, ...] = get_args(SpokenRole)
 

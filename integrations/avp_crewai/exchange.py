@@ -17,6 +17,7 @@ from avp_agents.context import Context
 from avp_agents.engine.base import Chunk, Engine, GenerateOptions, Generation, JoinStrategy, Message, ThinkOptions
 from avp_agents.engine.tool_format import ToolDefinition
 from avp_agents.errors import ContextWindowError
+from avp_agents.projection.thought import TELL
 from avp_agents.usage import Handoff, Usage
 from avp_crewai.handoffs import Caller, OnMissing, Prepared, prepare
 from avp_crewai.reply import ReplyForm, ReplyReader
@@ -159,7 +160,7 @@ class Exchange:
             return self._answered(prepared, base, None, self._generate(prompt, base, self._shown_tools(prepared)))
         options = {**call.think, "tools": self._shown_tools(prepared)}
         thought = self.engine.think(prompt, steps=call.latent_steps, context=base, **options)
-        said = self._generate([], thought) if self._decodes_behind_thought else None
+        said = self._generate(self._asked_behind, thought) if self._decodes_behind_thought else None
         return self._answered(prepared, base, thought, said)
 
     async def _aanswer(self, prepared: Prepared) -> Outcome:
@@ -171,12 +172,17 @@ class Exchange:
             return self._answered(prepared, base, None, said)
         options = {**call.think, "tools": self._shown_tools(prepared)}
         thought = await self.engine.athink(prompt, steps=call.latent_steps, context=base, **options)
-        said = await self._agenerate([], thought) if self._decodes_behind_thought else None
+        said = await self._agenerate(self._asked_behind, thought) if self._decodes_behind_thought else None
         return self._answered(prepared, base, thought, said)
 
     @property
     def _decodes_behind_thought(self) -> bool:
         return not self.is_thought or self.call.summary_tokens > 0
+
+    @property
+    def _asked_behind(self) -> list[Message]:
+        """What is said behind a thought: its summary is asked for, an answer just goes on."""
+        return [{"role": "user", "content": TELL}] if self.is_thought else []
 
     def _shown_tools(self, prepared: Prepared) -> list[ToolDefinition]:
         """The tools that the model is to be shown: none where the context that goes on has shown them."""

@@ -13,6 +13,7 @@ from llm_events import Events
 from scripted_crew_engine import ScriptedEngine
 
 from avp_agents.errors import ContextLostError
+from avp_agents.projection.thought import TELL
 
 FINDINGS = "Two pens cost six dollars."
 
@@ -53,12 +54,14 @@ def test_a_latent_researcher_decodes_nothing(watched: ScriptedEngine, events: Ev
 
 
 def test_a_latent_researcher_can_sum_up_what_it_thought(scripted: ScriptedEngine, events: Events) -> None:
-    researcher = agent("Researcher", scripted, llm={"mode": "latent", "summary_tokens": 4})
+    researcher = agent("Researcher", scripted, llm={"mode": "latent", "summary_tokens": 16})
     research = task("What do two pens cost?", researcher)
+    scripted.script.append("Six dollars.")
     output = kickoff(research, task("What does one cost?", agent("Solver", scripted), context=[research]))
 
-    assert events.handoffs[0]["tokens_decoded"] <= 4
-    assert "latent steps" not in output.tasks_output[0].raw
+    assert output.tasks_output[0].raw == "Six dollars."
+    assert 0 < events.handoffs[0]["tokens_decoded"] <= 16
+    assert next(r for r in scripted.requests if r.kind == "generate").text == TELL
     handed = scripted.requests[-1].context
     assert handed is not None
     assert handed.readout is not None, "the summary is for people; what is handed over ends in the thought"

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from avp_agents.context import Context, TokenSegment
 from avp_agents.errors import HandshakeError
-from avp_agents.projection.thought import SpokenMessage, Thought
+from avp_agents.projection.thought import TELL, TELL_TOKENS, SpokenMessage, Thought
 from avp_agents.protocol.frame_decoding import open_frame
 from avp_agents.protocol.frame_values import decode_context, encode_context
 from avp_agents.protocol.handshake import CrossingMode, Decision, Shipment, handshake
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from avp_agents.engine.crossing import Reread
     from avp_agents.engine.latent_engine import LatentEngine
 
-TEXT_TOKENS = 256
 _MEASURED_POSITIONS = 256
 _MEASURED_TIMES = 3
 
@@ -55,7 +54,7 @@ def hand_over(
     mode: CrossingMode | None = None,
     scope: str | None = None,
     reread: Reread = True,
-    text_tokens: int = TEXT_TOKENS,
+    text_tokens: int = TELL_TOKENS,
 ) -> Context:
     """A context of `target` that goes on from one on a server.
 
@@ -152,7 +151,7 @@ def _cross(
         fetched = source.fetch(remote, kv=mode == "kv")
         # of the same weights in another dtype the target makes its own when it uses it
         return target.accept(fetched) if fetched.dtype == target.dtype else fetched
-    told = source.generate([], context=remote, max_tokens=text_tokens)
+    told = source.generate(TELL, context=remote, max_tokens=text_tokens)
     spoken = SpokenMessage("assistant", told.text)
     return target.crossing.read(Thought(remote.fingerprint, remote.recipe_id, (), (spoken,)))
 

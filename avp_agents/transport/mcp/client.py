@@ -19,6 +19,7 @@ from mcp.shared.exceptions import MCPError
 from avp_agents.context import Context
 from avp_agents.errors import AvpError, TransportError
 from avp_agents.handle import ContextHandle
+from avp_agents.projection.thought import TELL
 from avp_agents.protocol.handshake import CrossingMode, Hello, Link, LinkMeter, Shipment
 from avp_agents.protocol.limits import Limits
 from avp_agents.transport.arrival import Fetch, Offer, Payload, take_in
@@ -180,7 +181,7 @@ class McpContexts:
             kv_bytes = None
 
         async def text() -> bytes:
-            return (await self.generate(context=uri, max_tokens=text_tokens)).text.encode()
+            return (await self.generate(TELL, context=uri, max_tokens=text_tokens)).text.encode()
 
         payloads: dict[CrossingMode, Fetch] = {
             "kv": self._fetching(f"{uri}/kv"),
