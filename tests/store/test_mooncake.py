@@ -113,5 +113,6 @@ def test_without_mooncake_the_lineage_is_left(url: str, tmp_path: Path) -> None:
 
 
 def test_a_master_that_is_not_there_is_a_clear_error(url: str) -> None:
+    pytest.importorskip("mooncake", reason="Mooncake is not installed: pip install 'avp-agents[mooncake]'")
     with pytest.raises(StoreUnavailableError, match="Mooncake at 127"):
         MooncakeStore(RedisStore(url, namespace=TENANT), master="127.0.0.1:9", host="127.0.0.1", timeout=2)

@@ -18,6 +18,7 @@ import httpx
 
 from avp_agents.errors import AvpError, RequestTimeoutError, TransportError
 from avp_agents.protocol.handshake import LinkMeter
+from avp_agents.transport.client.loop_transport import LoopTransport
 from avp_agents.transport.json_fields import parse_json
 from avp_agents.transport.problems import error_from_json
 from avp_agents.transport.wire import REQUEST_ID_HEADER, Json, frame_key
@@ -73,8 +74,10 @@ class Connection:
             "base_url": self.url,
             "headers": {"authorization": f"Bearer {token}"} if token is not None else {},
             "timeout": httpx.Timeout(seconds, connect=CONNECT_SECONDS),
-            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),
             "follow_redirects": False,
+        }
+        self._speaking: dict[str, Any] = {
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),
             "trust_env": False,
             "http2": http2,
             "http1": encrypted or not http2,
@@ -237,7 +240,7 @@ class Connection:
             if self._process != os.getpid():
                 self._process, self._client = os.getpid(), None
             if self._client is None:
-                self._client = httpx.Client(transport=self._transport, **self._options)
+                self._client = httpx.Client(transport=self._transport, **self._speaking, **self._options)
             return self._client
 
     @property
@@ -246,7 +249,8 @@ class Connection:
         loop = asyncio.get_running_loop()
         with self._lock:
             if loop not in self._loop_clients:
-                self._loop_clients[loop] = httpx.AsyncClient(**self._options)
+                transport = LoopTransport(**self._speaking)
+                self._loop_clients[loop] = httpx.AsyncClient(transport=transport, trust_env=False, **self._options)
             return self._loop_clients[loop]
 
     def _request(self, body: Json | None, request_id: str | None) -> dict[str, Any]:
