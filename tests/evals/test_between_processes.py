@@ -21,7 +21,7 @@ from tiny_models import TinyModels
 
 from avp_agents.cli import app
 from avp_agents.errors import ConfigurationError
-from avp_agents.evals import handoff_crossover, soak
+from avp_agents.evals import handoff, handoff_crossover, soak
 from avp_agents.evals.handoff import read_questions
 from avp_agents.evals.handoff_crossover import find_crossover
 from avp_agents.evals.handoff_link import limited_link
@@ -56,6 +56,7 @@ def echo() -> Iterator[str]:
 def run(*arguments: str) -> tuple[int, Any]:
     """Exit code and JSON of a benchmark."""
     result = CliRunner().invoke(app, ["bench", *arguments, "--dtype", "float32", "--device", "cpu", "--json"])
+    assert result.stdout, result.stderr
     return result.exit_code, json.loads(result.stdout)
 
 
@@ -110,6 +111,7 @@ def test_where_one_mode_always_wins_there_is_no_crossover(replay_seconds: float)
 def test_handoffs_between_two_processes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every mode is in the table; at 10 Mbit/s and on the loopback the handshake says what it chose."""
     monkeypatch.setattr(handoff_crossover, "_HALVINGS", 1)
+    monkeypatch.setattr(handoff, "TEXT_TOKENS", 8)  # the tiny model reads bytes: the report fills most of its window
 
     code, result = run("handoff", "--model", model, "--questions", "2", "--repeats", "1")
 
