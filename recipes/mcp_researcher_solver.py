@@ -92,7 +92,7 @@ async def compare(researcher_url: str, token: str, notes_url: str, solver: Laten
         handle = await researcher.think(f"Read this report.\n\n{REPORT}\n\n{TASK}", steps=20)
         modes: tuple[CrossingMode | None, ...] = (None, "kv", "replay", "text")
         for mode in modes:
-            context = await researcher.hand_over(handle, solver, mode=mode, text_tokens=64)
+            context = await researcher.hand_over(handle, solver, mode=mode, text_tokens=40)
             await answer(solver, context, mode or "handshake")
     async with McpContexts(notes_url) as notes:
         await answer(solver, await notes.hand_over(NOTES, solver), "plain MCP")

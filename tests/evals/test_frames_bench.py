@@ -8,17 +8,8 @@ import sys
 
 import pytest
 
-BENCH = [
-    "-c",
-    "from avp_agents.cli import app; app()",
-    "bench",
-    "frames",
-    "--megabytes",
-    "40",
-    "--repeats",
-    "1",
-    "--json",
-]
+COMMAND = "from avp_agents.cli import app; app()"
+OPTIONS = ("--megabytes", "40", "--repeats", "1", "--json")
 
 
 @pytest.fixture(scope="module")
