@@ -7,42 +7,73 @@ that share the batch.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from avp_agents.context import Context, LatentSegment, leaves
 from avp_agents.engine.kv_pool import KvPool
 from avp_agents.engine.loading import LoadedModel
-from avp_agents.errors import ConfigurationError, IntegrityError
+from avp_agents.errors import ConfigurationError, FingerprintMismatchError, IntegrityError
 from avp_agents.kv_cache import HostKv
+
+
+def check_fingerprint(context: Context, fingerprint: str, model: str) -> None:
+    """Refuse a context of another model.
+
+    Args:
+        context: What came.
+        fingerprint, model: Of the engine's model; the name is for the message.
+
+    Raises:
+        FingerprintMismatchError: It is one.
+    """
+    if context.fingerprint != fingerprint:
+        raise FingerprintMismatchError(
+            f"The context was made by model {context.fingerprint[:16]}, this engine runs {fingerprint[:16]} "
+            f"({model}). Use the engine that made it, or hand its text over."
+        )
 
 
 def check_values(context: Context, loaded: LoadedModel, pool: KvPool) -> None:
     """Refuse values that this model cannot have made. Whether the fingerprint fits was checked before.
 
     Raises:
-        IntegrityError: The lineage is empty, a token id is unknown, latent embeddings or the KV-cache have another
-            shape or dtype, or values are not finite.
+        IntegrityError: As `check_lineage`, or the KV-cache has another shape or dtype, or is not finite.
     """
-    if not len(context):
-        raise IntegrityError("The context is empty; it starts with at least one token.")
-    ids = np.asarray(context.token_ids(), dtype=np.int64)
-    if ids.size and not 0 <= ids.min() <= ids.max() < loaded.vocabulary.size:
-        raise IntegrityError(f"The context has token ids outside of 0 to {loaded.vocabulary.size - 1}.")
-    for segment in leaves(context.lineage):
-        if isinstance(segment, LatentSegment):
-            _check_latents(segment, loaded)
+    hidden = loaded.vocabulary.rows(0, 1).shape[-1]
+    check_lineage(context, tokens=loaded.vocabulary.size, hidden=hidden, dtype=loaded.dtype_name)
     kv = context.kv
     if isinstance(kv, HostKv):
         _check_kv(kv, context, pool)
 
 
-def _check_latents(segment: LatentSegment, loaded: LoadedModel) -> None:
-    found, hidden = segment.embeddings, loaded.vocabulary.rows(0, 1).shape[-1]
-    if found.dim() != 2 or found.shape[1] != hidden or found.dtype != loaded.dtype:
-        raise IntegrityError(
-            f"Latent embeddings are [steps, {hidden}] in {loaded.dtype_name}, not {list(found.shape)} in {found.dtype}."
-        )
-    if not found.isfinite().all():
-        raise IntegrityError("Latent embeddings are not finite.")
+def check_lineage(context: Context, *, tokens: int, hidden: int, dtype: str) -> None:
+    """Refuse a lineage that a model of this shape cannot have made.
+
+    Args:
+        context: What came.
+        tokens: Ids that the model knows.
+        hidden: Width of its embeddings.
+        dtype: Of its latent embeddings, by name.
+
+    Raises:
+        IntegrityError: The lineage is empty, a token id is unknown, or latent embeddings have another shape or dtype
+            or are not finite.
+    """
+    if not len(context):
+        raise IntegrityError("The context is empty; it starts with at least one token.")
+    ids = np.asarray(context.token_ids(), dtype=np.int64)
+    if ids.size and not 0 <= ids.min() <= ids.max() < tokens:
+        raise IntegrityError(f"The context has token ids outside of 0 to {tokens - 1}.")
+    for segment in leaves(context.lineage):
+        if not isinstance(segment, LatentSegment):
+            continue
+        found = segment.embeddings
+        if found.dim() != 2 or found.shape[1] != hidden or found.dtype != getattr(torch, dtype, None):
+            raise IntegrityError(
+                f"Latent embeddings are [steps, {hidden}] in {dtype}, not {list(found.shape)} in {found.dtype}."
+            )
+        if not found.isfinite().all():
+            raise IntegrityError("Latent embeddings are not finite.")
 
 
 def _check_kv(kv: HostKv, context: Context, pool: KvPool) -> None:

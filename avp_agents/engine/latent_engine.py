@@ -5,23 +5,22 @@ from __future__ import annotations
 import asyncio
 import copy
 import weakref
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Prompt, ThinkOptions
+from avp_agents.engine.base import JoinStrategy
 from avp_agents.engine.crossing import Crossing, Reread
-from avp_agents.engine.delivery import ChunkStream, await_context, stream_chunks, wait_for_context
+from avp_agents.engine.delivery import await_context, wait_for_context
 from avp_agents.engine.directory import add_engine
 from avp_agents.engine.foreign import check_values
 from avp_agents.engine.model_runtime import EngineSettings, ModelRuntime
 from avp_agents.engine.model_source import InMemory, ModelSource, Pretrained
+from avp_agents.engine.prompt import PromptRenderer
+from avp_agents.engine.queued_engine import QueuedEngine
 from avp_agents.engine.request_builder import RequestBuilder
 from avp_agents.engine.scheduler import EngineStats, Scheduler
-from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
-from avp_agents.handle import ContextHandle
 from avp_agents.models import resolve_model
 from avp_agents.store import ContextStore, default_store
 from avp_agents.tracing import start_operation
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LatentEngine:
+class LatentEngine(QueuedEngine):
     """Thinks, generates and replays on an open-weight model, for many callers at once. See `avp_agents.engine.base`.
 
     Example:
@@ -182,102 +181,6 @@ class LatentEngine:
         """Positions in use, requests running and waiting."""
         return self._started().stats()
 
-    @property
-    def tool_format(self) -> ToolFormat:
-        """How the model writes tool calls; needs the tokenizer only."""
-        return self._runtime.renderer.tool_format
-
-    def count_tokens(
-        self,
-        prompt: Prompt,
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Seq[ToolDefinition] = (),
-    ) -> int:
-        """Positions of the rendered prompt, its tools included; needs the tokenizer only."""
-        return self._runtime.renderer.count(prompt, chat_template_kwargs=chat_template_kwargs, tools=tools)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text as message content: no template, no BOS, control tokens in it are plain text."""
-        return self._runtime.renderer.encode(text)
-
-    def load(self) -> None:
-        """Load the weights now instead of at the first use."""
-        self._started()
-
-    def think(
-        self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
-    ) -> Context:
-        """Prefill the prompt (on top of `context`) and run latent steps; nothing is decoded.
-
-        Args:
-            prompt: Text (one user message) or chat messages.
-            steps: Latent steps. 10 to 20 are usual, more than 40 degrade.
-            context: A context to think on.
-            **options: See `ThinkOptions`.
-
-        Returns:
-            A new context: its lineage ends in ``steps`` latent positions, its readout says what the model was about
-            to say. `context.usage` and `context.handoff` tell the cost.
-
-        Raises:
-            ContextWindowError: It does not fit the window.
-            FingerprintMismatchError: `context` belongs to another model or dtype.
-            NumericalError: NaN or Inf came up.
-            RequestTimeoutError, EngineBusyError, EngineClosedError, KvMemoryError, PromptError, ConfigurationError
-        """
-        build = self._requests.thinking
-        return wait_for_context(
-            self._runtime.scheduler,
-            lambda deliver: build(prompt, steps, context, options, deliver),
-            start_operation("think", self.model_path, {**options, "steps": steps}),
-        )
-
-    def generate(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> Generation:
-        """Prefill the prompt (on top of `context`) and decode an answer.
-
-        Args:
-            prompt: Text (one user message) or chat messages; a message may carry ``context``, which it then stands for.
-            context: A context to generate on.
-            **options: See `GenerateOptions`.
-
-        Raises:
-            As `think`.
-        """
-        for chunk in self.stream(prompt, context=context, **options):
-            if chunk.generation is not None:
-                return chunk.generation
-        raise AssertionError("a stream ends with its generation")
-
-    def stream(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> ChunkStream:
-        """`generate`, token by token; closing the iterator ends the request.
-
-        Raises:
-            As `think`; what can be checked before work starts is raised at once, not at the first chunk.
-        """
-        build = self._requests.answering
-        return ChunkStream(
-            self._started(),
-            lambda deliver: build(prompt, context, options, deliver),
-            start_operation("chat", self.model_path, options),
-        )
-
-    def replay(self, context: Context) -> Context:
-        """The same context with its KV-cache rebuilt (or found again): one prefill of its lineage.
-
-        Raises:
-            As `think`.
-        """
-        return wait_for_context(
-            self._started(),
-            lambda deliver: self._requests.replaying(context, deliver),
-            start_operation("replay", self.model_path),
-        )
-
     def join(
         self,
         contexts: Seq[Context],
@@ -316,22 +219,6 @@ class LatentEngine:
             start_operation("join", self.model_path, {"strategy": strategy}),
         )
 
-    def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
-        """The context a handle stands for.
-
-        Args:
-            handle: Untrusted: as graph state has it, a handle, or its id.
-            scope: The scope the handle must have been minted for; None asks no question.
-
-        Raises:
-            InvalidHandleError: It is malformed.
-            ContextLostError: The store does not have it.
-            FingerprintMismatchError: It belongs to another model, and no engine of this process runs that.
-        """
-        context = self.store.get(handle, scope=scope)
-        self._requests.check_receivable(context)
-        return context
-
     def accept(self, context: Context) -> Context:
         """A context that came from outside of this process, once it was checked; use it like any other.
 
@@ -342,45 +229,6 @@ class LatentEngine:
         self._requests.check_model(context)
         check_values(context, self._runtime.loaded, self._started().pool)
         return context
-
-    async def athink(
-        self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
-    ) -> Context:
-        """Asynchronous `think`; cancelling the task frees the sequence."""
-        build = self._requests.thinking
-        scheduler = await asyncio.to_thread(self._started)
-        operation = start_operation("think", self.model_path, {**options, "steps": steps})
-        return await await_context(
-            scheduler, lambda deliver: build(prompt, steps, context, options, deliver), operation
-        )
-
-    async def agenerate(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> Generation:
-        """Asynchronous `generate`; cancelling the task frees the sequence."""
-        async with aclosing(self.astream(prompt, context=context, **options)) as chunks:
-            async for chunk in chunks:
-                if chunk.generation is not None:
-                    return chunk.generation
-        raise AssertionError("a stream ends with its generation")
-
-    async def astream(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncGenerator[Chunk, None]:
-        """Asynchronous `stream`; leaving the iterator frees the sequence."""
-        build = self._requests.answering
-        scheduler = await asyncio.to_thread(self._started)
-        operation = start_operation("chat", self.model_path, options)
-        stream = stream_chunks(scheduler, lambda deliver: build(prompt, context, options, deliver), operation)
-        async with aclosing(stream):
-            async for chunk in stream:
-                yield chunk
-
-    async def areplay(self, context: Context) -> Context:
-        """Asynchronous `replay`."""
-        scheduler = await asyncio.to_thread(self._started)
-        operation = start_operation("replay", self.model_path)
-        return await await_context(scheduler, lambda deliver: self._requests.replaying(context, deliver), operation)
 
     async def ajoin(
         self,
@@ -398,20 +246,12 @@ class LatentEngine:
             scheduler, lambda deliver: build(contexts, strategy, timeout, source, deliver), operation
         )
 
-    async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
-        """Asynchronous `resolve`."""
-        return await asyncio.to_thread(self.resolve, handle, scope=scope)
-
-    def close(self) -> None:
-        """Stop the engine and free its memory; running requests end with `EngineClosedError`."""
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def _started(self) -> Scheduler:
         """The scheduler; the first call loads the weights."""
         return self._runtime.scheduler
+
+    def _builder(self) -> RequestBuilder:
+        return self._requests
+
+    def _renderer(self) -> PromptRenderer:
+        return self._runtime.renderer

@@ -28,12 +28,12 @@ from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.engine.base import Prompt
 from avp_agents.engine.prompt_encoder import PromptEncoder
 from avp_agents.engine.prompt_lineage import Line, LineageWalk
-from avp_agents.engine.reasoning import CLOSING, OPENING
+from avp_agents.engine.reasoning import CLOSING, OPENING, ReasoningSplit
 from avp_agents.engine.tool_format import GENERIC, ToolDefinition, ToolFormat
 from avp_agents.engine.turn_messages import Turn, read_messages
 from avp_agents.engine.turns import Rendering, TurnRenderer
 from avp_agents.engine.whole_turns import WholeTurns
-from avp_agents.errors import ConfigurationError, PromptError
+from avp_agents.errors import ConfigurationError, ContextWindowError, PromptError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +69,22 @@ class PromptPlan:
 
     def __len__(self) -> int:
         return len(self.token_ids) + (0 if self.base is None else len(self.base))
+
+    def check_window(self, window: int, requested: int) -> None:
+        """Refuse a prompt that leaves no room for so many more positions.
+
+        Raises:
+            ContextWindowError: It does not.
+        """
+        if len(self) + requested > window:
+            context = len(self.base) if self.base is not None else 0
+            raise ContextWindowError(window=window, context=context, prompt=len(self.token_ids), requested=requested)
+
+    def reasoning_split(self, *, marked: bool) -> ReasoningSplit:
+        """How an answer to it is split; `marked` is `PromptRenderer.marks_reasoning`."""
+        if self.opens_reasoning:
+            return ReasoningSplit("reasoning")
+        return ReasoningSplit("start" if marked else "text")
 
 
 class PromptRenderer:

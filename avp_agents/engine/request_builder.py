@@ -10,11 +10,12 @@ from typing import Any
 
 from avp_agents.context import Context, LatentRecipe
 from avp_agents.engine.base import GenerateOptions, JoinStrategy, Prompt, ThinkOptions
+from avp_agents.engine.foreign import check_fingerprint
 from avp_agents.engine.grammar import Constraint, Grammar
 from avp_agents.engine.join import Joiner, Joining
 from avp_agents.engine.model_runtime import ModelRuntime
 from avp_agents.engine.prompt import PromptPlan
-from avp_agents.engine.reasoning import CLOSING, ReasoningSplit
+from avp_agents.engine.reasoning import CLOSING
 from avp_agents.engine.reception import Reception
 from avp_agents.engine.request import Event, Request
 from avp_agents.engine.sampling import RowSampler, SamplingParams
@@ -63,7 +64,7 @@ class RequestBuilder:
         if steps > DEGENERATE_STEPS:
             warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
         plan, crossed = self._plan(prompt, context, options)
-        self._check_window(plan, recipe.steps)
+        plan.check_window(self._runtime.window, recipe.steps)
         request = self._prompt_request(plan, crossed, options, deliver)
         return Thinking(request, recipe, _looks_at_logits(runtime, recipe))
 
@@ -77,14 +78,14 @@ class RequestBuilder:
         params = SamplingParams.from_options(options, vocab_limit=vocabulary.size, eos_token_ids=stop_ids)
         plan, crossed = self._plan(prompt, context, options)
         max_tokens = params.token_budget(runtime.window - len(plan))
-        self._check_window(plan, max(1, max_tokens))
+        plan.check_window(self._runtime.window, max(1, max_tokens))
         request = self._prompt_request(plan, crossed, options, deliver)
         base_ids = plan.base.token_ids() if plan.base is not None else ()
         constraint = self._constraint(options.get("grammar"), plan, max_tokens)
         sampler = RowSampler(params, (*base_ids, *plan.token_ids), constraint)
         skips = options.get("skip_special_tokens", True)
         text = TextStream(runtime.tokenizer, params.stop, min_tokens=params.min_tokens, skip_special_tokens=skips)
-        split = _reasoning_split(plan, marked=runtime.renderer.marks_reasoning)
+        split = plan.reasoning_split(marked=runtime.renderer.marks_reasoning)
         return Answering(request, max_tokens, sampler, text, frozenset(params.stop_token_ids), split)
 
     def replaying(self, context: Context, deliver: Deliver) -> Replaying:
@@ -198,27 +199,11 @@ class RequestBuilder:
             FingerprintMismatchError: It is one.
         """
         loaded = self._runtime.loaded
-        if context.fingerprint != loaded.fingerprint:
-            raise FingerprintMismatchError(
-                f"The context was made by model {context.fingerprint[:16]}, this engine runs {loaded.fingerprint[:16]} "
-                f"({self._model_path}). Use the engine that made it, or hand its text over."
-            )
+        check_fingerprint(context, loaded.fingerprint, self._model_path)
         if context.dtype != loaded.dtype_name:
             raise FingerprintMismatchError(
                 f"The context was made in {context.dtype}, this engine runs {loaded.dtype_name}; give both one dtype."
             )
-
-    def _check_window(self, plan: PromptPlan, requested: int) -> None:
-        window = self._runtime.window
-        if len(plan) + requested > window:
-            context = len(plan.base) if plan.base is not None else 0
-            raise ContextWindowError(window=window, context=context, prompt=len(plan.token_ids), requested=requested)
-
-
-def _reasoning_split(plan: PromptPlan, *, marked: bool) -> ReasoningSplit:
-    if plan.opens_reasoning:
-        return ReasoningSplit("reasoning")
-    return ReasoningSplit("start" if marked else "text")
 
 
 def _limit(request: Request, timeout: float | None, source: str) -> None:

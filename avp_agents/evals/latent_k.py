@@ -6,7 +6,6 @@ alone and are paired per problem; ``prefill`` (no latent step) is the control.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from avp_agents.context import Context, LatentSegment
 from avp_agents.engine.latent_engine import LatentEngine
 from avp_agents.evals.quality.tasks import Item, human_eval_program
 from avp_agents.evals.sandbox import sandboxed
+from avp_agents.evals.statistics import mcnemar_p
 
 STEPS = 20
 CURVE = (1, 2, 5, 10, 15, 20)
@@ -70,15 +70,6 @@ def run(
         "median_norm": {name: _norms(results[name].contexts) for name in ("k=256", "full")},
         "median_entropy_nats": {name: _entropies(engine, problems, ARMS[name]) for name in ("k=256", "full")},
     }
-
-
-def mcnemar_p(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Two-sided exact p of McNemar's test: a binomial test on the pairs that differ."""
-    only_one = sum(a and not b for a, b in zip(one, other, strict=True))
-    only_other = sum(b and not a for a, b in zip(one, other, strict=True))
-    differing = only_one + only_other
-    tail = sum(math.comb(differing, i) for i in range(min(only_one, only_other) + 1))
-    return min(1.0, 2 * tail / 2**differing)
 
 
 def _arm(engine: LatentEngine, problems: Sequence[Item], options: dict[str, Any], max_tokens: int) -> ArmResult:

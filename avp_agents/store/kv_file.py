@@ -8,6 +8,7 @@ fixed offset, so that the file is written in one pass and checked before anythin
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 import mmap
@@ -65,9 +66,7 @@ def write_kv(file: BinaryIO, part: KvPart, segment_id: str, namespace: Namespace
         ConfigurationError: A tensor's dtype cannot be stored.
     """
     header = _header(part)
-    mac = namespace.mac("kv:" + segment_id)
-    mac.update(header[:_MAC_OFFSET])
-    mac.update(header[_MAC_OFFSET + _MAC_DIGITS :])
+    mac = _mac(header, segment_id, namespace)
     file.write(header)
     for tensor in _tensors(part.kv):
         data = memoryview(_bytes_of(tensor))
@@ -84,9 +83,7 @@ def kv_chunks(part: KvPart, segment_id: str, namespace: Namespace) -> Iterator[m
         ConfigurationError: A tensor's dtype cannot be stored.
     """
     header = _header(part)
-    mac = namespace.mac("kv:" + segment_id)
-    mac.update(header[:_MAC_OFFSET])
-    mac.update(header[_MAC_OFFSET + _MAC_DIGITS :])
+    mac = _mac(header, segment_id, namespace)
     for tensor in _tensors(part.kv):
         mac.update(memoryview(_bytes_of(tensor)))
     yield memoryview(header[:_MAC_OFFSET] + mac.hexdigest().encode() + header[_MAC_OFFSET + _MAC_DIGITS :])
@@ -228,12 +225,18 @@ def _tensors_start(data: mmap.mmap | bytearray) -> int:
     return start
 
 
-def _check_mac(mapped: mmap.mmap | bytearray, segment_id: str, namespace: Namespace) -> None:
+def _mac(begun: bytes | memoryview, segment_id: str, namespace: Namespace) -> hashlib.blake2b:
+    """Over a file as far as it is there, but for the place of the MAC itself."""
     mac = namespace.mac("kv:" + segment_id)
+    mac.update(begun[:_MAC_OFFSET])
+    mac.update(begun[_MAC_OFFSET + _MAC_DIGITS :])
+    return mac
+
+
+def _check_mac(mapped: mmap.mmap | bytearray, segment_id: str, namespace: Namespace) -> None:
     with memoryview(mapped) as view:
         found = bytes(view[_MAC_OFFSET : _MAC_OFFSET + _MAC_DIGITS])
-        mac.update(view[:_MAC_OFFSET])
-        mac.update(view[_MAC_OFFSET + _MAC_DIGITS :])
+        mac = _mac(view, segment_id, namespace)
     if not hmac.compare_digest(found, mac.hexdigest().encode()):
         raise IntegrityError("MAC mismatch")
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from avp_agents.engine.vllm.backend import Decoded, Decoding, Facts, Step
+from avp_agents.engine.sampling import Sampled
+from avp_agents.engine.vllm.backend import Decoding, Facts, Step
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
 
 WINDOW = 2048
@@ -44,7 +45,7 @@ class FakeBackend:
             for index, token in enumerate(says):
                 await asyncio.sleep(0)
                 ends = index + 1 == most or token in decoding.sampling.get("stop_token_ids", ())
-                yield Step((Decoded(token, -0.5, ((token, -0.5),)),), None, ends)
+                yield Step((Sampled(token, -0.5, ((token, -0.5),)),), None, ends)
                 if ends:
                     break
             else:

@@ -19,8 +19,9 @@ from avp_agents.context import Context, Readout, Segment, TokenSegment
 from avp_agents.engine.base import Chunk, FinishReason, Generation, TokenLogprob
 from avp_agents.engine.grammar import Constraint
 from avp_agents.engine.reasoning import ReasoningSplit
+from avp_agents.engine.sampling import Sampled
 from avp_agents.engine.stopping import TextStream
-from avp_agents.engine.vllm.backend import Decoded, Decoding, Step
+from avp_agents.engine.vllm.backend import Decoding, Step
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
 from avp_agents.errors import EngineError
 from avp_agents.usage import Handoff, Usage
@@ -86,7 +87,7 @@ class Request(ABC):
     def done(self) -> bool:
         """Whether no more tokens are wanted."""
 
-    def accept(self, token: Decoded) -> None:
+    def accept(self, token: Sampled) -> None:
         """Take a token."""
         if self._prefilled is None:
             self._prefilled = time.monotonic()
@@ -164,7 +165,7 @@ class Replaying(Request):
         """Whether the prefill is over."""
         return self._done
 
-    def accept(self, token: Decoded) -> None:
+    def accept(self, token: Sampled) -> None:
         """The prefill is over."""
         super().accept(token)
         self._done = True
@@ -226,7 +227,7 @@ class Answering(Request):
         """Whether the answer has ended."""
         return self._finish is not None
 
-    def accept(self, token: Decoded) -> None:
+    def accept(self, token: Sampled) -> None:
         """Emit a token's text, and see whether it ends the answer.
 
         Raises:
@@ -271,12 +272,12 @@ class Answering(Request):
         token_ids = self._last.token_ids if ids == tuple(self._ids) else ()
         return replace(self._last, token_ids=token_ids, generation=generation)
 
-    def _take_settled(self, constraint: Constraint, token: Decoded) -> None:
+    def _take_settled(self, constraint: Constraint, token: Sampled) -> None:
         settled = constraint.settled(token.token_id)
         constraint.accept(settled)
-        self._take(token if settled == token.token_id and not constraint.was_cut else Decoded(settled))
+        self._take(token if settled == token.token_id and not constraint.was_cut else Sampled(settled))
 
-    def _take(self, token: Decoded) -> None:
+    def _take(self, token: Sampled) -> None:
         self._ids.append(token.token_id)
         if token.token_id in self._stop_ids:
             cut = self._constraint is not None and self._constraint.was_cut
@@ -294,7 +295,7 @@ class Answering(Request):
         if not self.done:
             self.order.deliver(self._last)
 
-    def _note_logprob(self, token: Decoded) -> tuple[TokenLogprob, ...]:
+    def _note_logprob(self, token: Sampled) -> tuple[TokenLogprob, ...]:
         if token.logprob is None:
             return ()
         entry = TokenLogprob(token.token_id, self._token_text(token.token_id), token.logprob, token.top)

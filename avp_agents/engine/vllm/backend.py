@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from avp_agents.engine.sampling import Sampled
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
 
 
@@ -42,21 +43,6 @@ class Decoding:
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """A token.
-
-    Attributes:
-        token_id: The token.
-        logprob: Its log-probability under the model's own distribution, where asked for.
-        top: The most likely ids with their log-probabilities, most likely first, as many as were asked for.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
 class Step:
     """What came from vLLM at once.
 
@@ -67,7 +53,7 @@ class Step:
         transfer: ``kv_transfer_params`` of the answer, with its end.
     """
 
-    tokens: tuple[Decoded, ...] = ()
+    tokens: tuple[Sampled, ...] = ()
     cached: int | None = None
     finished: bool = False
     transfer: Mapping[str, Any] | None = None

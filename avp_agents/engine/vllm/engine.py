@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from contextlib import aclosing
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Prompt, ThinkOptions
-from avp_agents.engine.delivery import ChunkStream, await_context, stream_chunks, wait_for_context
-from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
+from avp_agents.engine.base import JoinStrategy
+from avp_agents.engine.prompt import PromptRenderer
+from avp_agents.engine.queued_engine import QueuedEngine
 from avp_agents.engine.vllm.backend import Backend
 from avp_agents.engine.vllm.in_process import InProcess
 from avp_agents.engine.vllm.requests import RequestBuilder
@@ -21,7 +20,6 @@ from avp_agents.engine.vllm.served_model import ModelSettings, ServedModel
 from avp_agents.engine.vllm.server import Address, Server
 from avp_agents.engine.vllm.worker import Worker
 from avp_agents.errors import EngineClosedError
-from avp_agents.handle import ContextHandle
 from avp_agents.models import resolve_model
 from avp_agents.store import ContextStore, default_store
 from avp_agents.tracing import start_operation
@@ -30,7 +28,7 @@ _HUB = {"revision": "revision", "hf_token": "token"}
 """vLLM's names of options that say where files come from, and the hub's."""
 
 
-class VllmEngine:
+class VllmEngine(QueuedEngine):
     """Implements `avp_agents.engine.base.Engine` with vLLM. Thread-safe; works on any event loop.
 
     Contexts are those of a `LatentEngine` with the same weights and dtype: either engine goes on with what the other
@@ -38,7 +36,9 @@ class VllmEngine:
     prefix cache does not hold them; so any replica can take any request.
 
     vLLM admits requests in the order in which they come: ``source`` has no say. It draws random numbers of its own: a
-    seed gives the same answer again, but not the one that a `LatentEngine` gives.
+    seed gives the same answer again, but not the one that a `LatentEngine` gives. Giving up a call aborts it in vLLM.
+    Beside the errors of every engine there are `TransportError`, and `UnsupportedModelError` where vLLM runs without
+    the plugin for latent steps (`think`), or a context holds positions that vLLM cannot compute (it was spliced).
 
     Example:
         >>> with VllmEngine.from_pretrained("Qwen/Qwen3-8B", latent_steps=True) as engine:
@@ -148,90 +148,6 @@ class VllmEngine:
         """Positions that a request may have; loads the model."""
         return self._runtime.worker.facts.window
 
-    @property
-    def tool_format(self) -> ToolFormat:
-        """How the model writes tool calls; needs the tokenizer only."""
-        return self._model.renderer.tool_format
-
-    def count_tokens(
-        self,
-        prompt: Prompt,
-        *,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Seq[ToolDefinition] = (),
-    ) -> int:
-        """Positions of the rendered prompt, its tools included; needs the tokenizer only."""
-        return self._model.renderer.count(prompt, chat_template_kwargs=chat_template_kwargs, tools=tools)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text as message content: no template, no BOS, control tokens in it are plain text."""
-        return self._model.renderer.encode(text)
-
-    def load(self) -> None:
-        """Start vLLM now instead of at the first use."""
-        self._runtime.worker  # noqa: B018  (made at the first look)
-
-    def think(
-        self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
-    ) -> Context:
-        """Prefill the prompt (on top of `context`) and run latent steps in vLLM; see `LatentEngine.think`.
-
-        Raises:
-            UnsupportedModelError: vLLM runs without the plugin for latent steps.
-            ContextWindowError: It does not fit the window.
-            FingerprintMismatchError: `context` belongs to another model or dtype.
-            NumericalError: NaN or Inf came up.
-            RequestTimeoutError, EngineBusyError, EngineClosedError, PromptError, ConfigurationError, TransportError
-        """
-        build = self._requests.thinking
-        return wait_for_context(
-            self._worker,
-            lambda deliver: build(prompt, steps, context, options, deliver),
-            start_operation("think", self.model_path, {**options, "steps": steps}),
-        )
-
-    def generate(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> Generation:
-        """Prefill the prompt (on top of `context`) and decode an answer; see `LatentEngine.generate`.
-
-        Raises:
-            UnsupportedModelError: The context holds positions that vLLM cannot compute (it was spliced).
-            ContextWindowError, FingerprintMismatchError, RequestTimeoutError, EngineBusyError, EngineClosedError,
-            PromptError, ConfigurationError, TransportError
-        """
-        for chunk in self.stream(prompt, context=context, **options):
-            if chunk.generation is not None:
-                return chunk.generation
-        raise AssertionError("a stream ends with its generation")
-
-    def stream(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> ChunkStream:
-        """`generate`, token by token; closing the iterator aborts the request in vLLM.
-
-        Raises:
-            As `generate`; what can be checked before work starts is raised at once, not at the first chunk.
-        """
-        build = self._requests.answering
-        return ChunkStream(
-            self._worker,
-            lambda deliver: build(prompt, context, options, deliver),
-            start_operation("chat", self.model_path, options),
-        )
-
-    def replay(self, context: Context) -> Context:
-        """The same context, prefilled in vLLM so that its prefix cache holds it.
-
-        Raises:
-            As `generate`.
-        """
-        return wait_for_context(
-            self._worker,
-            lambda deliver: self._requests.replaying(context, deliver),
-            start_operation("replay", self.model_path),
-        )
-
     def join(
         self,
         contexts: Seq[Context],
@@ -252,54 +168,7 @@ class VllmEngine:
             ConfigurationError, PromptError, ContextWindowError, FingerprintMismatchError
         """
         with start_operation("join", self.model_path, {"strategy": strategy}):
-            return self._requests.joined(contexts, strategy)
-
-    def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
-        """The context a handle stands for; see `LatentEngine.resolve`.
-
-        Raises:
-            InvalidHandleError, ContextLostError, FingerprintMismatchError
-        """
-        context = self.store.get(handle, scope=scope)
-        self._requests.check(context)
-        return context
-
-    async def athink(
-        self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
-    ) -> Context:
-        """Asynchronous `think`; cancelling the task aborts the request in vLLM."""
-        worker = await asyncio.to_thread(self._started)
-        build = self._requests.thinking
-        operation = start_operation("think", self.model_path, {**options, "steps": steps})
-        return await await_context(worker, lambda deliver: build(prompt, steps, context, options, deliver), operation)
-
-    async def agenerate(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> Generation:
-        """Asynchronous `generate`; cancelling the task aborts the request in vLLM."""
-        async with aclosing(self.astream(prompt, context=context, **options)) as chunks:
-            async for chunk in chunks:
-                if chunk.generation is not None:
-                    return chunk.generation
-        raise AssertionError("a stream ends with its generation")
-
-    async def astream(
-        self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncGenerator[Chunk, None]:
-        """Asynchronous `stream`; leaving the iterator aborts the request in vLLM."""
-        worker = await asyncio.to_thread(self._started)
-        build = self._requests.answering
-        operation = start_operation("chat", self.model_path, options)
-        stream = stream_chunks(worker, lambda deliver: build(prompt, context, options, deliver), operation)
-        async with aclosing(stream):
-            async for chunk in stream:
-                yield chunk
-
-    async def areplay(self, context: Context) -> Context:
-        """Asynchronous `replay`."""
-        worker = await asyncio.to_thread(self._started)
-        operation = start_operation("replay", self.model_path)
-        return await await_context(worker, lambda deliver: self._requests.replaying(context, deliver), operation)
+            return self._builder().joined(contexts, strategy)
 
     async def ajoin(
         self,
@@ -312,30 +181,14 @@ class VllmEngine:
         """Asynchronous `join`."""
         return await asyncio.to_thread(self.join, contexts, strategy=strategy, timeout=timeout, source=source)
 
-    async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
-        """Asynchronous `resolve`."""
-        return await asyncio.to_thread(self.resolve, handle, scope=scope)
-
-    def close(self) -> None:
-        """Stop vLLM, or leave the server; running requests end with `EngineClosedError`."""
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def _started(self) -> Worker:
         return self._runtime.worker
 
-    @property
-    def _worker(self) -> Worker:
-        return self._runtime.worker
-
-    @property
-    def _requests(self) -> RequestBuilder:
+    def _builder(self) -> RequestBuilder:
         return self._runtime.requests
+
+    def _renderer(self) -> PromptRenderer:
+        return self._model.renderer
 
 
 class _Runtime:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from avp_agents.engine.sampling import MAX_LOGPROBS
-from avp_agents.engine.vllm.backend import Decoded, Decoding, Facts, Step
+from avp_agents.engine.sampling import MAX_LOGPROBS, Sampled
+from avp_agents.engine.vllm.backend import Decoding, Facts, Step
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
 from avp_agents.engine.vllm.plugin.request import latent_options
 from avp_agents.engine.vllm.served_model import ServedModel
@@ -134,19 +134,19 @@ class InProcess:
         )
 
 
-def _tokens(output: CompletionOutput, count: int | None) -> tuple[Decoded, ...]:
+def _tokens(output: CompletionOutput, count: int | None) -> tuple[Sampled, ...]:
     entries = output.logprobs if count is not None else None
     if count is None or entries is None:
-        return tuple(Decoded(token) for token in output.token_ids)
+        return tuple(Sampled(token) for token in output.token_ids)
     return tuple(
         _with_logprobs(token, entry or {}, count) for token, entry in zip(output.token_ids, entries, strict=True)
     )
 
 
-def _with_logprobs(token: int, entry: Mapping[int, Logprob], count: int) -> Decoded:
+def _with_logprobs(token: int, entry: Mapping[int, Logprob], count: int) -> Sampled:
     ranked = sorted(entry.items(), key=lambda item: item[1].rank or 0)
     top = tuple((id_, found.logprob) for id_, found in ranked if (found.rank or 0) <= count)
-    return Decoded(token, entry[token].logprob, top)
+    return Sampled(token, entry[token].logprob, top)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from avp_agents.engine.base import GenerateOptions, JoinStrategy, Message, Promp
 from avp_agents.engine.casting import in_dtype
 from avp_agents.engine.join import Joiner
 from avp_agents.engine.prompt import PromptPlan
-from avp_agents.engine.reasoning import CLOSING, ReasoningSplit
+from avp_agents.engine.reasoning import CLOSING
 from avp_agents.engine.sampling import SamplingParams
 from avp_agents.engine.stopping import TextStream
 from avp_agents.engine.vllm.answer import Answering, Event, Order, Replaying
@@ -46,7 +46,7 @@ class RequestBuilder:
         params = SamplingParams.from_options(options, vocab_limit=model.vocabulary_size, eos_token_ids=stop_ids)
         plan = self._plan(prompt, context, options)
         max_tokens = params.token_budget(self._facts.window - len(plan))
-        self._check_window(plan, max(1, max_tokens))
+        plan.check_window(self._facts.window, max(1, max_tokens))
         sampling = _sampling(params, max_tokens, seeded=options.get("seed") is not None)
         decoding = Decoding(sampling, params.logprobs)
         constraint = None
@@ -62,7 +62,7 @@ class RequestBuilder:
             decoding,
             TextStream(model.tokenizer, params.stop, min_tokens=params.min_tokens, skip_special_tokens=skips),
             frozenset(params.stop_token_ids),
-            _reasoning_split(plan, marked=model.renderer.marks_reasoning),
+            plan.reasoning_split(marked=model.renderer.marks_reasoning),
             constraint,
             model.token_text,
         )
@@ -73,13 +73,13 @@ class RequestBuilder:
         """A think request. See `VllmEngine.think`."""
         asked = thought_request(steps, options, self._facts)
         plan = self._plan(prompt, context, options)
-        self._check_window(plan, asked.max_tokens)
+        plan.check_window(self._facts.window, asked.max_tokens)
         return Thinking(self._order(plan, options, deliver), asked)
 
     def replaying(self, context: Context, deliver: Deliver) -> Replaying:
         """A replay request. See `VllmEngine.replay`."""
         context = self._cast(context)
-        self.check(context)
+        self.check_receivable(context)
         if len(context) >= self._facts.window:
             raise ContextWindowError(window=self._facts.window, context=len(context), prompt=0, requested=1)
         return Replaying(Order(self._identity, context, (), "replay", deliver))
@@ -88,7 +88,7 @@ class RequestBuilder:
         """Several contexts as one. See `VllmEngine.join`."""
         contexts = [self._cast(context) for context in contexts]
         for context in contexts:
-            self.check(context)
+            self.check_receivable(context)
         if strategy == "splice":
             raise UnsupportedModelError(
                 "vLLM cannot compute positions that do not see all of those before them, so contexts are not spliced "
@@ -105,7 +105,7 @@ class RequestBuilder:
         context.attach(usage=Usage(prompt_tokens=len(context)), handoff=Handoff(mode, reason, notes=notes))
         return context
 
-    def check(self, context: Context) -> None:
+    def check_receivable(self, context: Context) -> None:
         """Refuse a context that is not this model's, whatever its dtype.
 
         Raises:
@@ -127,7 +127,7 @@ class RequestBuilder:
             tools=options.get("tools") or (),
         )
         if plan.base is not None:
-            self.check(plan.base)
+            self.check_receivable(plan.base)
         return plan
 
     def _with_contexts_cast(self, prompt: Prompt) -> Prompt:
@@ -150,12 +150,6 @@ class RequestBuilder:
             raise ConfigurationError(f"timeout must be positive, not {timeout}.")
         return Order(self._identity, plan.base, plan.token_ids, plan.relation, deliver, plan.notes, timeout=timeout)
 
-    def _check_window(self, plan: PromptPlan, requested: int) -> None:
-        window = self._facts.window
-        if len(plan) + requested > window:
-            context = len(plan.base) if plan.base is not None else 0
-            raise ContextWindowError(window=window, context=context, prompt=len(plan.token_ids), requested=requested)
-
 
 def _sampling(params: SamplingParams, max_tokens: int, *, seeded: bool) -> dict[str, Any]:
     """Sampling parameters as vLLM calls them. All are named, so that a server's own defaults have no say.
@@ -176,9 +170,3 @@ def _sampling(params: SamplingParams, max_tokens: int, *, seeded: bool) -> dict[
     }
     # a seed makes vLLM draw for this request alone, which is slower; without one it need not
     return sampling | {"seed": params.seed} if seeded else sampling
-
-
-def _reasoning_split(plan: PromptPlan, *, marked: bool) -> ReasoningSplit:
-    if plan.opens_reasoning:
-        return ReasoningSplit("reasoning")
-    return ReasoningSplit("start" if marked else "text")

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from avp_agents.context import Context, LatentSegment, leaves
+from avp_agents.context import Context
+from avp_agents.engine.foreign import check_fingerprint, check_lineage
 from avp_agents.engine.grammar import GrammarCompiler
 from avp_agents.engine.loading import TokenizerFiles, load_tokenizer
 from avp_agents.engine.prompt import PromptRenderer
 from avp_agents.engine.vllm.checkpoint import checkpoint_fingerprint, checkpoint_model
-from avp_agents.errors import FingerprintMismatchError, IntegrityError, UnsupportedModelError
+from avp_agents.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,22 +135,6 @@ class ServedModel:
             FingerprintMismatchError: It belongs to another model.
             IntegrityError: It holds values that are none of this model's.
         """
-        if context.fingerprint != self.fingerprint:
-            raise FingerprintMismatchError(
-                f"The context was made by model {context.fingerprint[:16]}, this engine runs {self.fingerprint[:16]} "
-                f"({self.settings.name}). Use the engine that made it, or hand its text over."
-            )
+        check_fingerprint(context, self.fingerprint, self.settings.name)
         hidden, tokens = int(self.config.hidden_size), self.vocabulary_size
-        if not all(0 <= token < tokens for token in context.token_ids()):
-            raise IntegrityError(f"The context has token ids outside of 0 to {tokens - 1}.")
-        for segment in leaves(context.lineage):
-            if not isinstance(segment, LatentSegment):
-                continue
-            found = segment.embeddings
-            if found.dim() != 2 or found.shape[1] != hidden or found.dtype != getattr(torch, context.dtype, None):
-                raise IntegrityError(
-                    f"Latent embeddings are [steps, {hidden}] in {context.dtype}, not {list(found.shape)} in "
-                    f"{found.dtype}."
-                )
-            if not found.isfinite().all():
-                raise IntegrityError("Latent embeddings are not finite.")
+        check_lineage(context, tokens=tokens, hidden=hidden, dtype=context.dtype)

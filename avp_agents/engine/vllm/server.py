@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import torch
 
-from avp_agents.engine.vllm.backend import Decoded, Decoding, Facts, Step
+from avp_agents.engine.sampling import Sampled
+from avp_agents.engine.vllm.backend import Decoding, Facts, Step
 from avp_agents.engine.vllm.content_parts import TEMPLATE, Content, ContentWriter
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
 from avp_agents.engine.vllm.served_model import ServedModel
@@ -216,22 +217,22 @@ def _step(data: Json, logprobs: int | None) -> Step:
     details = usage.get("prompt_tokens_details") or {}
     choice = next(iter(data.get("choices") or []), {})
     ids: list[int] = choice.get("token_ids") or []
-    tokens = tuple(Decoded(id_) for id_ in ids)
+    tokens = tuple(Sampled(id_) for id_ in ids)
     if logprobs is not None and choice.get("logprobs"):
         tokens = tuple(_token_logprobs(choice["logprobs"], ids, logprobs))
     ended = choice.get("finish_reason") is not None
     return Step(tokens, details.get("cached_tokens"), ended, data.get("kv_transfer_params"))
 
 
-def _token_logprobs(logprobs: Json, ids: list[int], count: int) -> Iterator[Decoded]:
+def _token_logprobs(logprobs: Json, ids: list[int], count: int) -> Iterator[Sampled]:
     """Tokens with log-probabilities, in the chat interface's form or in that of completions."""
     if "content" in logprobs:
         for id_, entry in zip(ids, logprobs["content"], strict=True):
             pairs = [(_id(top["token"]), top["logprob"]) for top in entry["top_logprobs"]]
-            yield Decoded(id_, entry["logprob"], _best(pairs, count))
+            yield Sampled(id_, entry["logprob"], _best(pairs, count))
     else:
         for id_, logprob, tops in zip(ids, logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
-            yield Decoded(id_, logprob, _best([(_id(name), value) for name, value in (tops or {}).items()], count))
+            yield Sampled(id_, logprob, _best([(_id(name), value) for name, value in (tops or {}).items()], count))
 
 
 def _best(pairs: list[tuple[int, float]], count: int) -> tuple[tuple[int, float], ...]:
