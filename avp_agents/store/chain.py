@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from avp_agents.context import Readout, Segment
+from avp_agents.context import Context, Readout, Segment
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.kv_file import KvPart, join
 from avp_agents.store.segment_record import SegmentRecord, payload_bytes
@@ -124,6 +124,35 @@ def read_chain(folder: SegmentReader, head: str) -> Chain | None:
         stop += len(record.segment)
         links.append(Link(own_id, record.segment, record.readout, content, stop))
     return Chain(last.fingerprint, last.dtype, tuple(links))
+
+
+def lacking_records(
+    folder: SegmentReader, context: Context, own: Sequence[str], segment_ids: Sequence[str]
+) -> dict[str, SegmentRecord]:
+    """What a store has to write so that it holds a context; what it has keeps its values.
+
+    Args:
+        folder: What is there.
+        context: What is to be.
+        own: `content_digests` of the context's lineage.
+        segment_ids: Of its segments, in order.
+
+    Returns:
+        Records by id, in order: of segments that are absent, and of the last one where that lacks the readout (and was
+        made from the same values).
+    """
+    lacking: dict[str, SegmentRecord] = {}
+    adopted: list[Segment] = []
+    parent: str | None = None
+    for segment_id, segment in zip(segment_ids, context.lineage, strict=True):
+        record = folder.read_segment(segment_id)
+        adopted.append(record.segment if record is not None else segment)
+        readout = context.readout if segment_id == segment_ids[-1] else None
+        lacks_readout = record is not None and record.readout is None and readout is not None
+        if record is None or (lacks_readout and content_digests(adopted, context.dtype)[-1] == own[-1]):
+            lacking[segment_id] = SegmentRecord(adopted[-1], context.fingerprint, context.dtype, parent, readout)
+        parent = segment_id
+    return lacking
 
 
 def content_digests(lineage: Iterable[Segment], dtype: str) -> list[str]:

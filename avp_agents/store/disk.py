@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,14 @@ from avp_agents.handle import ContextHandle
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.byte_budget import ByteBudget
-from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
+from avp_agents.store.chain import Chain, MissingKv, content_digests, lacking_records, missing_kv, read_chain, read_kv
 from avp_agents.store.durable import make_private_folder
 from avp_agents.store.folder import NamespaceFolder
 from avp_agents.store.handle_record import HandleRecord
 from avp_agents.store.kv_file import KvPart, check_layers
+from avp_agents.store.lookups import Lookups
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.segment_record import SegmentRecord, encode_segment
+from avp_agents.store.segment_record import encode_segment
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +66,7 @@ class DiskStore(ContextStore):
             make_private_folder(self.path)
         self._folder = NamespaceFolder(self.path, self.namespace)
         self._budget = ByteBudget(self._folder, byte_budget)
-        self._counts_lock = threading.Lock()
-        self._hits = self._misses = 0
+        self._lookups = Lookups()
 
     @_disk_errors()
     def put(
@@ -101,9 +100,11 @@ class DiskStore(ContextStore):
         """See `ContextStore.get`. A KV-cache that lies in one file is memory-mapped, not copied."""
         handle_id = id_of_handle(handle)
         record = self._live(handle_id)
-        known = record is not None and (scope is None or self._is_of(record, scope))
+        known = record is not None and (
+            scope is None or self.namespace.is_of(record.handle.id, record.recipe_id, scope)
+        )
         chain = self._chain(record) if record is not None and known else None
-        self._count(hit=chain is not None)
+        self._lookups.count(hit=chain is not None)
         if record is None or chain is None:
             raise ContextLostError(f"{handle_id} is not in {self.path} (for this namespace and scope), or no longer.")
         self._folder.touch(handle_id)
@@ -203,7 +204,7 @@ class DiskStore(ContextStore):
     def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
         """See `ContextStore.list`."""
         records = [r for handle_id in self._folder.handle_ids() if (r := self._live(handle_id)) is not None]
-        records = [r for r in records if scope is None or self._is_of(r, scope)]
+        records = [r for r in records if scope is None or self.namespace.is_of(r.handle.id, r.recipe_id, scope)]
         return [record.handle for record in sorted(records, key=lambda record: record.stored)]
 
     @_disk_errors()
@@ -226,29 +227,30 @@ class DiskStore(ContextStore):
     def stats(self) -> StoreStats:
         """See `ContextStore.stats`. Bytes are those of the files."""
         census = self._folder.census()
-        with self._counts_lock:
-            return StoreStats(
-                contexts=len(census.handles),
-                segments=len(census.lineage),
-                pinned=sum(handle.pinned for handle in census.handles.values()),
-                lineage_bytes=sum(census.lineage.values()),
-                kv_bytes=sum(census.kv.values()),
-                byte_budget=self.byte_budget,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._budget.evictions,
-                integrity_failures=self._folder.integrity_failures,
-            )
+        hits, misses = self._lookups.counts()
+        return StoreStats(
+            contexts=len(census.handles),
+            segments=len(census.lineage),
+            pinned=sum(handle.pinned for handle in census.handles.values()),
+            lineage_bytes=sum(census.lineage.values()),
+            kv_bytes=sum(census.kv.values()),
+            byte_budget=self.byte_budget,
+            hits=hits,
+            misses=misses,
+            evictions=self._budget.evictions,
+            integrity_failures=self._folder.integrity_failures,
+        )
 
     def _put_lineage(
         self, context: Context, own: Sequence[str], handle: ContextHandle, ttl: float | None
     ) -> ContextHandle:
         """Write the segments that are not there yet, then the handle. Returns the handle of the first put."""
-        segment_ids = self._segment_ids(context)
+        segment_ids = self.namespace.segment_ids(context.recipe_ids)
         with self._folder.lock():
             self._folder.make()
             known = self._live(handle.id)
-            missing = self._missing_records(context, own, segment_ids)
+            lacking = lacking_records(self._folder, context, own, segment_ids)
+            missing = {id_: encode_segment(record, id_, self.namespace) for id_, record in lacking.items()}
             if known is not None and not missing:
                 self._folder.touch(handle.id)
                 return known.handle
@@ -264,24 +266,6 @@ class DiskStore(ContextStore):
             record = known or HandleRecord(handle, context.recipe_id, ttl, time.time())
             self._folder.write_handle(record)
         return record.handle
-
-    def _missing_records(self, context: Context, own: Sequence[str], segment_ids: Sequence[str]) -> dict[str, bytes]:
-        """Encoded records, by id, of the segments that are absent or whose readout is. Others keep their values."""
-        missing = {}
-        adopted = []
-        parent = None
-        for segment_id, segment in zip(segment_ids, context.lineage, strict=True):
-            record = self._folder.read_segment(segment_id)
-            adopted.append(record.segment if record is not None else segment)
-            is_last = segment_id == segment_ids[-1]
-            wanted = SegmentRecord(
-                adopted[-1], context.fingerprint, context.dtype, parent, context.readout if is_last else None
-            )
-            lacks_readout = is_last and record is not None and record.readout is None and context.readout is not None
-            if record is None or (lacks_readout and content_digests(adopted, context.dtype)[-1] == own[-1]):
-                missing[segment_id] = encode_segment(wanted, segment_id, self.namespace)
-            parent = segment_id
-        return missing
 
     def _put_kv(self, context: Context, own: Sequence[str]) -> None:
         """Write the positions of a context's KV-cache that are not there yet."""
@@ -313,7 +297,7 @@ class DiskStore(ContextStore):
         """Write the missing positions out of `host`, which begins at `start`. Under the KV lock."""
         size = sum(part.stop - part.start for part in missing) * host.nbytes // host.length
         with self._folder.lock():
-            if not self._budget.make_room(size, self._segment_ids(context), kv_only=True):
+            if not self._budget.make_room(size, self.namespace.segment_ids(context.recipe_ids), kv_only=True):
                 log.info("A KV-cache of %d bytes was not kept: the budget of %s is taken.", size, self.byte_budget)
                 return
         for part in missing:
@@ -336,17 +320,5 @@ class DiskStore(ContextStore):
         last_use = self._folder.last_use(handle_id)
         return record if last_use is not None and time.time() < last_use + ttl else None
 
-    def _is_of(self, record: HandleRecord, scope: str) -> bool:
-        """Whether a handle was minted for `scope`."""
-        return self.namespace.handle_id(record.recipe_id, scope) == record.handle.id
-
     def _chain(self, record: HandleRecord) -> Chain | None:
         return read_chain(self._folder, self.namespace.segment_id(record.recipe_id))
-
-    def _segment_ids(self, context: Context) -> builtins.list[str]:
-        return [self.namespace.segment_id(recipe_id) for recipe_id in context.recipe_ids]
-
-    def _count(self, *, hit: bool) -> None:
-        with self._counts_lock:
-            self._hits += hit
-            self._misses += not hit

@@ -105,7 +105,9 @@ class MemoryStore(ContextStore):
         handle_id = id_of_handle(handle)
         with self._lock:
             entry = self._live(handle_id)
-            if entry is None or (scope is not None and not self._is_of(entry, scope)):
+            if entry is None or (
+                scope is not None and not self.namespace.is_of(entry.handle.id, entry.recipe_id, scope)
+            ):
                 self._misses += 1
                 raise ContextLostError(f"{handle_id} is not in memory (for this namespace and scope), or no longer.")
             self._hits += 1
@@ -190,7 +192,11 @@ class MemoryStore(ContextStore):
         """See `ContextStore.list`."""
         with self._lock:
             entries = [entry for entry in self._entries.values() if not self._has_expired(entry)]
-            entries = [entry for entry in entries if scope is None or self._is_of(entry, scope)]
+            entries = [
+                entry
+                for entry in entries
+                if scope is None or self.namespace.is_of(entry.handle.id, entry.recipe_id, scope)
+            ]
             return [entry.handle for entry in sorted(entries, key=lambda entry: entry.stored)]
 
     def prune(self) -> PruneReport:
@@ -232,10 +238,6 @@ class MemoryStore(ContextStore):
     def _has_expired(self, entry: _Entry) -> bool:
         ttl = entry.ttl if entry.ttl is not None else self.ttl
         return ttl is not None and not entry.pinned and monotonic() >= entry.last_use + ttl
-
-    def _is_of(self, entry: _Entry, scope: str) -> bool:
-        """Whether a handle was minted for `scope`."""
-        return self.namespace.handle_id(entry.recipe_id, scope) == entry.handle.id
 
     def _use(self, entry: _Entry) -> None:
         entry.last_use = monotonic()

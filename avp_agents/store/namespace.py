@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -76,6 +77,14 @@ class Namespace:
     def segment_id(self, recipe_id: str) -> str:
         """The 32 hex digits that name the record of a recipe's last segment."""
         return self._keyed(b"avp-segment", recipe_id.encode()).hexdigest()[:32]
+
+    def segment_ids(self, recipe_ids: Iterable[str]) -> list[str]:
+        """The names of the records of a lineage's segments."""
+        return [self.segment_id(recipe_id) for recipe_id in recipe_ids]
+
+    def is_of(self, handle_id: str, recipe_id: str, scope: str) -> bool:
+        """Whether a handle of a recipe was minted for `scope`."""
+        return self.handle_id(recipe_id, scope) == handle_id
 
     def mac(self, label: str) -> hashlib.blake2b:
         """A running MAC for the record called `label`; feed it the content, its digest has `MAC_BYTES` bytes."""

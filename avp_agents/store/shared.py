@@ -15,12 +15,12 @@ from avp_agents.kv_cache import HostKv
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.blobs import Blobs, Payloads
 from avp_agents.store.byte_budget import ByteBudget
-from avp_agents.store.chain import Chain, MissingKv, content_digests, missing_kv, read_chain, read_kv
+from avp_agents.store.chain import Chain, MissingKv, content_digests, lacking_records, missing_kv, read_chain, read_kv
 from avp_agents.store.encryption import Encryption
 from avp_agents.store.handle_record import HandleRecord
 from avp_agents.store.kv_file import KvPart, check_layers
+from avp_agents.store.lookups import Lookups
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.segment_record import SegmentRecord
 from avp_agents.store.shared_records import Extents, SharedRecords
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class SharedStore(ContextStore):
         self._records = SharedRecords(blobs, payloads, namespace, encryption)
         self._budget = ByteBudget(self._records, byte_budget)
         self._budget_lock = threading.Lock()
-        self._counts_lock = threading.Lock()
-        self._hits = self._misses = 0
+        self._lookups = Lookups()
 
     def put(
         self,
@@ -121,9 +120,11 @@ class SharedStore(ContextStore):
         """See `ContextStore.get`."""
         handle_id = id_of_handle(handle)
         record = self._live(handle_id)
-        known = record is not None and (scope is None or self._is_of(record, scope))
+        known = record is not None and (
+            scope is None or self.namespace.is_of(record.handle.id, record.recipe_id, scope)
+        )
         chain = self._chain(record) if record is not None and known else None
-        self._count(hit=chain is not None)
+        self._lookups.count(hit=chain is not None)
         if record is None or chain is None:
             raise ContextLostError(f"{handle_id} is not in {self.place} (for this namespace and scope), or no longer.")
         self._records.use(handle_id)
@@ -210,7 +211,9 @@ class SharedStore(ContextStore):
 
     def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
         """See `ContextStore.list`."""
-        records = [r for r in self._all_live() if scope is None or self._is_of(r, scope)]
+        records = [
+            r for r in self._all_live() if scope is None or self.namespace.is_of(r.handle.id, r.recipe_id, scope)
+        ]
         return [record.handle for record in sorted(records, key=lambda record: record.stored)]
 
     def prune(self) -> PruneReport:
@@ -232,19 +235,19 @@ class SharedStore(ContextStore):
     def stats(self) -> StoreStats:
         """See `ContextStore.stats`. Bytes are those that are stored."""
         census = self._records.census()
-        with self._counts_lock:
-            return StoreStats(
-                contexts=len(census.handles),
-                segments=len(census.lineage),
-                pinned=sum(handle.pinned for handle in census.handles.values()),
-                lineage_bytes=sum(census.lineage.values()),
-                kv_bytes=sum(census.kv.values()),
-                byte_budget=self.byte_budget,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._budget.evictions,
-                integrity_failures=self._records.integrity_failures,
-            )
+        hits, misses = self._lookups.counts()
+        return StoreStats(
+            contexts=len(census.handles),
+            segments=len(census.lineage),
+            pinned=sum(handle.pinned for handle in census.handles.values()),
+            lineage_bytes=sum(census.lineage.values()),
+            kv_bytes=sum(census.kv.values()),
+            byte_budget=self.byte_budget,
+            hits=hits,
+            misses=misses,
+            evictions=self._budget.evictions,
+            integrity_failures=self._records.integrity_failures,
+        )
 
     def close(self) -> None:
         """Close the connections. Stored contexts stay."""
@@ -255,7 +258,7 @@ class SharedStore(ContextStore):
         self, context: Context, own: Sequence[str], handle: ContextHandle, ttl: float | None
     ) -> ContextHandle:
         """Write the segments that are not there yet, then the handle. Returns the handle of the first put."""
-        segment_ids = self._segment_ids(context)
+        segment_ids = self.namespace.segment_ids(context.recipe_ids)
         known, there = self._live(handle.id), self._compare(context, own, segment_ids)
         if known is not None and there.is_complete:
             self._records.use(handle.id)
@@ -282,23 +285,14 @@ class SharedStore(ContextStore):
     def _compare(self, context: Context, own: Sequence[str], segment_ids: Sequence[str]) -> _Comparison:
         """What is there of a context's segments, which keep their values, and what is not."""
         stored = self._records.read_segments(segment_ids)
-        there = _Comparison([], {}, {})
-        adopted = []
-        parent = None
-        for segment_id, segment in zip(segment_ids, context.lineage, strict=True):
-            record = stored.read_segment(segment_id)
-            adopted.append(record.segment if record is not None else segment)
-            readout = context.readout if segment_id == segment_ids[-1] else None
-            lacks_readout = record is not None and record.readout is None and readout is not None
-            if record is not None and not (lacks_readout and content_digests(adopted, context.dtype)[-1] == own[-1]):
-                there.found.append(segment_id)
-            else:
-                wanted = SegmentRecord(adopted[-1], context.fingerprint, context.dtype, parent, readout)
-                is_there = record is not None or segment_id in stored.unreadable
-                lacking = there.outdated if is_there else there.absent
-                lacking[segment_id] = self._records.encoded_segment(segment_id, wanted)
-            parent = segment_id
-        return there
+        lacking = lacking_records(stored, context, own, segment_ids)
+        encoded = {id_: self._records.encoded_segment(id_, record) for id_, record in lacking.items()}
+        there = stored.records.keys() | stored.unreadable
+        return _Comparison(
+            found=[id_ for id_ in segment_ids if id_ not in lacking],
+            absent={id_: data for id_, data in encoded.items() if id_ not in there},
+            outdated={id_: data for id_, data in encoded.items() if id_ in there},
+        )
 
     def _put_kv(self, context: Context, own: Sequence[str]) -> None:
         """Write the positions of a context's KV-cache that are not there yet."""
@@ -307,7 +301,7 @@ class SharedStore(ContextStore):
             return
         if cache.length > len(context):
             raise ConfigurationError(f"The KV-cache has {cache.length} positions, its lineage only {len(context)}.")
-        segment_ids = self._segment_ids(context)
+        segment_ids = self.namespace.segment_ids(context.recipe_ids)
         extents = self._records.read_extents(segment_ids)
         chain = read_chain(self._records.read_segments(segment_ids), segment_ids[-1])
         missing = missing_kv(extents, chain.agreeing_with(own), cache.length) if chain is not None else []
@@ -374,17 +368,5 @@ class SharedStore(ContextStore):
             if (ttl := lifetimes[own]) is None or own in pinned or now < uses.get(own, 0.0) + ttl
         ]
 
-    def _is_of(self, record: HandleRecord, scope: str) -> bool:
-        """Whether a handle was minted for `scope`."""
-        return self.namespace.handle_id(record.recipe_id, scope) == record.handle.id
-
     def _chain(self, record: HandleRecord) -> Chain | None:
         return read_chain(self._records.read_segments(record.segments), self.namespace.segment_id(record.recipe_id))
-
-    def _segment_ids(self, context: Context) -> builtins.list[str]:
-        return [self.namespace.segment_id(recipe_id) for recipe_id in context.recipe_ids]
-
-    def _count(self, *, hit: bool) -> None:
-        with self._counts_lock:
-            self._hits += hit
-            self._misses += not hit

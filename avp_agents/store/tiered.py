@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import logging
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from avp_agents.errors import (
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.disk import DiskStore
+from avp_agents.store.lookups import Lookups
 from avp_agents.store.memory import MemoryStore
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.values import same_values
@@ -83,8 +83,7 @@ class TieredStore(ContextStore):
         self.upper, self.lower = upper, lower
         self._share_kv = share_kv
         self._owed: dict[str, _Owed] = {}
-        self._counts_lock = threading.Lock()
-        self._hits = self._misses = 0
+        self._lookups = Lookups()
         upper.spill_to(self._spill)
 
     def put(
@@ -111,9 +110,9 @@ class TieredStore(ContextStore):
         try:
             context = self._find(id_of_handle(handle), scope)
         except ContextLostError:
-            self._count(hit=False)
+            self._lookups.count(hit=False)
             raise
-        self._count(hit=True)
+        self._lookups.count(hit=True)
         return context
 
     def contains(self, handle: AnyHandle) -> bool:
@@ -183,19 +182,19 @@ class TieredStore(ContextStore):
     def stats(self) -> StoreStats:
         """See `ContextStore.stats`. Contexts, segments and pins are the lower tier's; bytes are those of both."""
         upper, lower = self.upper.stats(), self.lower.stats()
-        with self._counts_lock:
-            return StoreStats(
-                contexts=lower.contexts,
-                segments=lower.segments,
-                pinned=lower.pinned,
-                lineage_bytes=upper.lineage_bytes + lower.lineage_bytes,
-                kv_bytes=upper.kv_bytes + lower.kv_bytes,
-                byte_budget=self.byte_budget,
-                hits=self._hits,
-                misses=self._misses,
-                evictions=upper.evictions + lower.evictions,
-                integrity_failures=upper.integrity_failures + lower.integrity_failures,
-            )
+        hits, misses = self._lookups.counts()
+        return StoreStats(
+            contexts=lower.contexts,
+            segments=lower.segments,
+            pinned=lower.pinned,
+            lineage_bytes=upper.lineage_bytes + lower.lineage_bytes,
+            kv_bytes=upper.kv_bytes + lower.kv_bytes,
+            byte_budget=self.byte_budget,
+            hits=hits,
+            misses=misses,
+            evictions=upper.evictions + lower.evictions,
+            integrity_failures=upper.integrity_failures + lower.integrity_failures,
+        )
 
     def close(self) -> None:
         """Close both tiers."""
@@ -295,8 +294,3 @@ class TieredStore(ContextStore):
             self.lower.add_kv(context)
         except StoreError as error:
             log.warning("An evicted KV-cache was not kept (its lineage is): %s", error)
-
-    def _count(self, *, hit: bool) -> None:
-        with self._counts_lock:
-            self._hits += hit
-            self._misses += not hit

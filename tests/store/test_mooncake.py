@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
-from servers import Server, mooncake_master, redis_server
+from servers import Server, mooncake_master
 
 from avp_agents.errors import StoreUnavailableError
 from avp_agents.store.mooncake import MooncakeStore
@@ -24,23 +23,9 @@ MEMORY = 64 << 20
 
 
 @pytest.fixture(scope="module")
-def lineages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with mooncake_master(tmp_path_factory.mktemp("mooncake")) as server:
         yield server
-
-
-@pytest.fixture
-def url(lineages: Server) -> str:
-    """An empty database."""
-    url = f"redis://127.0.0.1:{lineages.port}/0"
-    redis.Redis.from_url(url).flushdb()
-    return url
 
 
 def open_store(url: str, master: Server, **options: Any) -> MooncakeStore:
@@ -49,9 +34,9 @@ def open_store(url: str, master: Server, **options: Any) -> MooncakeStore:
 
 
 @pytest.fixture(scope="module")
-def _peer(lineages: Server, master: Server) -> Iterator[None]:
+def _peer(redis_process: Server, master: Server) -> Iterator[None]:
     """A store that stays open, so that the others of this module need not join Mooncake again."""
-    store = open_store(f"redis://127.0.0.1:{lineages.port}/1", master, namespace=TENANT)
+    store = open_store(f"redis://127.0.0.1:{redis_process.port}/1", master, namespace=TENANT)
     yield
     store.close()
 
@@ -59,8 +44,8 @@ def _peer(lineages: Server, master: Server) -> Iterator[None]:
 @pytest.mark.usefixtures("_peer")
 class TestConformance(ContextStoreConformance):
     @pytest.fixture(autouse=True)
-    def _servers(self, url: str, master: Server) -> None:
-        self.url, self.master = url, master
+    def _servers(self, redis_url: str, master: Server) -> None:
+        self.url, self.master = redis_url, master
 
     def make_store(self, **options: Any) -> MooncakeStore:
         return open_store(self.url, self.master, **options)
@@ -78,21 +63,21 @@ store.close()
 
 
 @pytest.mark.usefixtures("_peer")
-def test_another_process_gets_the_kv_cache(url: str, master: Server) -> None:
+def test_another_process_gets_the_kv_cache(redis_url: str, master: Server) -> None:
     context = make_context(tokens=2000, head_dim=64)
-    store = open_store(url, master, namespace=TENANT)
+    store = open_store(redis_url, master, namespace=TENANT)
     handle = store.put(context)
 
-    command = [sys.executable, "-c", READER, url, f"127.0.0.1:{master.port}", handle.id]
+    command = [sys.executable, "-c", READER, redis_url, f"127.0.0.1:{master.port}", handle.id]
     other = subprocess.run(command, capture_output=True, text=True, timeout=60)
 
     assert other.stdout.split()[-1:] == [str(context.kv_len)], other.stderr[-2000:]
     store.close()
 
 
-def test_without_mooncake_the_lineage_is_left(url: str, tmp_path: Path) -> None:
+def test_without_mooncake_the_lineage_is_left(redis_url: str, tmp_path: Path) -> None:
     with mooncake_master(tmp_path) as master:
-        lineage = RedisStore(url, namespace=TENANT)
+        lineage = RedisStore(redis_url, namespace=TENANT)
         address = f"127.0.0.1:{master.port}"
         store = MooncakeStore(lineage, master=address, host="127.0.0.1", memory_bytes=MEMORY, timeout=1)
         handle = store.put(make_context())
@@ -112,7 +97,7 @@ def test_without_mooncake_the_lineage_is_left(url: str, tmp_path: Path) -> None:
     assert took < 5, "nothing may be waited for longer than the timeout"
 
 
-def test_a_master_that_is_not_there_is_a_clear_error(url: str) -> None:
+def test_a_master_that_is_not_there_is_a_clear_error(redis_url: str) -> None:
     pytest.importorskip("mooncake", reason="Mooncake is not installed: pip install 'avp-agents[mooncake]'")
     with pytest.raises(StoreUnavailableError, match="Mooncake at 127"):
-        MooncakeStore(RedisStore(url, namespace=TENANT), master="127.0.0.1:9", host="127.0.0.1", timeout=2)
+        MooncakeStore(RedisStore(redis_url, namespace=TENANT), master="127.0.0.1:9", host="127.0.0.1", timeout=2)

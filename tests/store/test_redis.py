@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from servers import Server, redis_server
+from servers import redis_server
 
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreUnavailableError
 from avp_agents.store import Encryption, MemoryStore, Namespace, RedisStore, TieredStore
@@ -20,24 +19,10 @@ from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage
 from avp_agents.testing.store_suite import TENANT
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with redis_server(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture
-def url(server: Server) -> str:
-    """An empty database."""
-    url = f"redis://127.0.0.1:{server.port}/0"
-    redis.Redis.from_url(url).flushdb()
-    return url
-
-
 class TestConformance(ContextStoreConformance):
     @pytest.fixture(autouse=True)
-    def _server(self, url: str) -> None:
-        self.url = url
+    def _server(self, redis_url: str) -> None:
+        self.url = redis_url
 
     def make_store(self, **options: Any) -> RedisStore:
         return RedisStore(self.url, **options)
@@ -47,8 +32,8 @@ class TestEncryptedBelowMemoryConformance(ContextStoreConformance):
     """Memory over an encrypted Redis."""
 
     @pytest.fixture(autouse=True)
-    def _server(self, url: str) -> None:
-        self.url = url
+    def _server(self, redis_url: str) -> None:
+        self.url = redis_url
 
     def below(self, **options: Any) -> RedisStore:
         return RedisStore(self.url, encryption=Encryption(b"e" * 32), **options)
@@ -69,10 +54,10 @@ def keys(url: str) -> list[str]:
     return sorted(key.partition("}:")[2] for key in client.scan_iter())
 
 
-def test_kv_above_a_size_is_not_kept(url: str) -> None:
+def test_kv_above_a_size_is_not_kept(redis_url: str) -> None:
     context = make_context()
     assert context.kv is not None
-    store = RedisStore(url, namespace=TENANT, max_kv_bytes=context.kv.nbytes - 1)
+    store = RedisStore(redis_url, namespace=TENANT, max_kv_bytes=context.kv.nbytes - 1)
 
     handle = store.put(context)
 
@@ -80,37 +65,37 @@ def test_kv_above_a_size_is_not_kept(url: str) -> None:
     assert_same_lineage(store.get(handle), context)
 
 
-def test_large_kv_crosses_in_pieces(url: str) -> None:
+def test_large_kv_crosses_in_pieces(redis_url: str) -> None:
     context = make_context(tokens=3000, head_dim=512)
     assert context.kv is not None
     assert context.kv.nbytes > 3 * 2**23
-    store = RedisStore(url, namespace=TENANT, max_kv_bytes=None)
+    store = RedisStore(redis_url, namespace=TENANT, max_kv_bytes=None)
 
     assert_same_kv(store.get(store.put(context)), context)
 
 
-def test_a_put_leaves_no_lock_and_no_unreferred_payload(url: str) -> None:
-    store = RedisStore(url, namespace=TENANT)
+def test_a_put_leaves_no_lock_and_no_unreferred_payload(redis_url: str) -> None:
+    store = RedisStore(redis_url, namespace=TENANT)
 
     store.delete(store.put(make_context()))
 
-    assert keys(url) == []
+    assert keys(redis_url) == []
 
 
-def test_a_killed_writer_s_payload_expires(url: str) -> None:
-    blobs = RedisBlobs(url, TENANT, timeout=5)
+def test_a_killed_writer_s_payload_expires(redis_url: str) -> None:
+    blobs = RedisBlobs(redis_url, TENANT, timeout=5)
     blobs.write_payload("0" * 32 + "-1", 3, [b"abc"])
 
-    client = redis.Redis.from_url(url)
+    client = redis.Redis.from_url(redis_url)
     (key,) = client.keys("*payload*")
 
     assert 0 < client.ttl(key) <= 600
 
 
-def test_a_killed_writer_s_lock_expires(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_writer_s_lock_expires(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("avp_agents.store.redis.LEASE_SECONDS", 0.3)
-    store = RedisStore(url, namespace=TENANT)
-    client = redis.Redis.from_url(url)
+    store = RedisStore(redis_url, namespace=TENANT)
+    client = redis.Redis.from_url(redis_url)
     client.set(f"avp:{{tenant-{TENANT.tag[:8]}}}:lock", "of a dead one", px=300)
 
     handle = store.put(make_context())
@@ -118,21 +103,21 @@ def test_a_killed_writer_s_lock_expires(url: str, monkeypatch: pytest.MonkeyPatc
     assert store.contains(handle)
 
 
-def test_a_writer_that_was_held_up_is_refused(url: str) -> None:
-    blobs = RedisBlobs(url, TENANT, timeout=5)
+def test_a_writer_that_was_held_up_is_refused(redis_url: str) -> None:
+    blobs = RedisBlobs(redis_url, TENANT, timeout=5)
 
     with blobs.writing():
-        redis.Redis.from_url(url).set(f"avp:{{tenant-{TENANT.tag[:8]}}}:lock", "somebody else's by now")
+        redis.Redis.from_url(redis_url).set(f"avp:{{tenant-{TENANT.tag[:8]}}}:lock", "somebody else's by now")
         with pytest.raises(StoreUnavailableError, match="lost its turn"):
             blobs.add({"segments/" + "0" * 32: b"late"})
 
     assert blobs.existing(["segments/" + "0" * 32]) == set()
 
 
-def test_what_the_server_evicted_is_lost_and_can_be_put_again(url: str) -> None:
-    store = RedisStore(url, namespace=TENANT)
+def test_what_the_server_evicted_is_lost_and_can_be_put_again(redis_url: str) -> None:
+    store = RedisStore(redis_url, namespace=TENANT)
     handle = store.put(make_context())
-    client = redis.Redis.from_url(url)
+    client = redis.Redis.from_url(redis_url)
     client.delete(next(client.scan_iter("*segments/*")))
 
     assert not store.contains(handle)
@@ -142,10 +127,10 @@ def test_what_the_server_evicted_is_lost_and_can_be_put_again(url: str) -> None:
     assert_same_lineage(store.get(handle), make_context())
 
 
-def test_altered_bytes_are_absent(url: str) -> None:
-    store = RedisStore(url, namespace=TENANT)
+def test_altered_bytes_are_absent(redis_url: str) -> None:
+    store = RedisStore(redis_url, namespace=TENANT)
     handle = store.put(make_context())
-    client = redis.Redis.from_url(url)
+    client = redis.Redis.from_url(redis_url)
     for key in client.scan_iter("*segments/*"):
         client.setrange(key, 20, b"altered")
 
@@ -212,13 +197,13 @@ def test_tiers_go_on_without_the_server_and_settle_when_it_is_back(
         assert elsewhere.get(during).to_handle().agent == "researcher"
 
 
-def test_many_writers_and_a_budget(url: str) -> None:
-    probe = RedisStore(url, namespace=Namespace("probe", b"p" * 32))
+def test_many_writers_and_a_budget(redis_url: str) -> None:
+    probe = RedisStore(redis_url, namespace=Namespace("probe", b"p" * 32))
     probe.put(make_context(), kv=False)
     budget = 6 * probe.stats().lineage_bytes
 
     def work(worker: int) -> None:
-        store = RedisStore(url, namespace=TENANT, byte_budget=budget)
+        store = RedisStore(redis_url, namespace=TENANT, byte_budget=budget)
         for turn in range(5):
             store.put(make_context(seed=100 * worker + turn), kv=False)
 
@@ -228,7 +213,7 @@ def test_many_writers_and_a_budget(url: str) -> None:
     for worker in workers:
         worker.join()
 
-    store = RedisStore(url, namespace=TENANT, byte_budget=budget)
+    store = RedisStore(redis_url, namespace=TENANT, byte_budget=budget)
     assert store.stats().lineage_bytes <= budget * 8 / 6, "over it is at most what two others wrote at the same moment"
     store.prune()
     assert 0 < store.stats().lineage_bytes <= budget

@@ -10,13 +10,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "engine"))
 
-from serving import serving
+from serving import open_engine, serving
 from tiny_models import TinyModels
 
-from avp_agents import LatentEngine, MemoryStore, Namespace
+from avp_agents import LatentEngine
 from avp_agents.transport import RemoteEngine
-
-OWN = Namespace("transport-tests", b"k" * 32)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +44,15 @@ def remote(url: str) -> Iterator[RemoteEngine]:
         yield remote
 
 
-def open_engine(folder: str) -> LatentEngine:
-    """A float32 engine with a small pool and a memory store."""
-    store = MemoryStore(namespace=OWN)
-    return LatentEngine.from_pretrained(folder, dtype="float32", device="cpu", kv_pool_bytes=8 << 20, store=store)
+@pytest.fixture(scope="session")
+def same(models: TinyModels) -> Iterator[LatentEngine]:
+    """The served model, in an engine of this process."""
+    with open_engine(models.path("llama"), "same-model-here") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def other(models: TinyModels) -> Iterator[LatentEngine]:
+    """Another model."""
+    with open_engine(models.path("qwen2", seed=1), "other-model-here") as engine:
+        yield engine

@@ -90,3 +90,9 @@ def _wait_until_up(where: Binding) -> None:
         except httpx.TransportError:
             time.sleep(0.05)
     raise AssertionError(f"nothing answers at {where.url}")
+
+
+def open_engine(folder: str, namespace: str = "transport-tests") -> LatentEngine:
+    """A float32 engine with a small pool and a memory store."""
+    store = MemoryStore(namespace=Namespace(namespace, b"k" * 32))
+    return LatentEngine.from_pretrained(folder, dtype="float32", device="cpu", kv_pool_bytes=8 << 20, store=store)

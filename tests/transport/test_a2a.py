@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from serving import free_port, running, serving
-from tiny_models import TinyModels
 
 pytest.importorskip("a2a", reason='a2a-sdk is not installed: pip install "avp-agents[a2a]"')
 
@@ -26,7 +25,7 @@ from a2a.server.tasks import InMemoryTaskStore
 from a2a.types import AgentCapabilities, AgentCard, AgentInterface, AgentSkill, Message, Part, Role, SendMessageRequest
 from starlette.applications import Starlette
 
-from avp_agents import Context, LatentEngine, MemoryStore, Namespace
+from avp_agents import Context, LatentEngine
 from avp_agents.errors import AvpError, HandshakeError, LimitExceededError, TransportError
 from avp_agents.protocol.handshake import CrossingMode
 from avp_agents.transport import RemoteEngine
@@ -50,28 +49,9 @@ TOKEN = "token-of-one"
 
 
 @pytest.fixture(scope="module")
-def same(models: TinyModels) -> Iterator[LatentEngine]:
-    """The sender's model, in an engine of the receiver's."""
-    with open_here(models.path("llama")) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def other(models: TinyModels) -> Iterator[LatentEngine]:
-    """Another model."""
-    with open_here(models.path("qwen2", seed=1)) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def thought(engine: LatentEngine) -> Context:
     """What the sender's engine thinks."""
     return engine.think([{"role": "system", "content": "secret"}, {"role": "user", "content": FACT}], steps=3)
-
-
-def open_here(folder: str) -> LatentEngine:
-    store = MemoryStore(namespace=Namespace("a2a-tests", b"k" * 32))
-    return LatentEngine.from_pretrained(folder, dtype="float32", device="cpu", kv_pool_bytes=8 << 20, store=store)
 
 
 def card(url: str = "http://127.0.0.1:1/") -> AgentCard:

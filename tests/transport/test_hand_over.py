@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from tiny_models import TinyModels
 
-from avp_agents import LatentEngine, LatentSegment, MemoryStore, Namespace
+from avp_agents import LatentEngine, LatentSegment
 from avp_agents.errors import HandshakeError
 from avp_agents.protocol.handshake import CrossingMode
 from avp_agents.transport import RemoteEngine
@@ -15,26 +12,6 @@ from avp_agents.transport.client import hand_over
 from avp_agents.transport.client.remote_context import RemoteContext
 
 FACT = "the lazy dog rests under the old tree"
-
-
-def open_here(folder: str) -> LatentEngine:
-    """An engine of this process, with a store of its own."""
-    store = MemoryStore(namespace=Namespace("hand-over-tests", b"k" * 32))
-    return LatentEngine.from_pretrained(folder, dtype="float32", device="cpu", kv_pool_bytes=8 << 20, store=store)
-
-
-@pytest.fixture(scope="module")
-def same(models: TinyModels) -> Iterator[LatentEngine]:
-    """The served model, in an engine of this process."""
-    with open_here(models.path("llama")) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def other(models: TinyModels) -> Iterator[LatentEngine]:
-    """Another model."""
-    with open_here(models.path("qwen2", seed=1)) as engine:
-        yield engine
 
 
 @pytest.fixture

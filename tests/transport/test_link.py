@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import open_engine
+from serving import open_engine
 from tiny_models import TinyModels
 
 from avp_agents import LatentEngine

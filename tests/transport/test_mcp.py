@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 from serving import serving, token
-from tiny_models import TinyModels
 
 pytest.importorskip("mcp_types", reason='version 2 of mcp is not installed: pip install "avp-agents[mcp]"')
 
@@ -21,7 +20,7 @@ from mcp import Client, MCPError
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server.mcpserver import MCPServer
 
-from avp_agents import LatentEngine, MemoryStore, Namespace
+from avp_agents import LatentEngine
 from avp_agents.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -46,25 +45,6 @@ def base(engine: LatentEngine) -> Iterator[str]:
     """A server with an MCP endpoint."""
     with serving(engine, extend=mount) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def same(models: TinyModels) -> Iterator[LatentEngine]:
-    """The served model, in an engine of this process."""
-    with open_here(models.path("llama")) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def other(models: TinyModels) -> Iterator[LatentEngine]:
-    """Another model."""
-    with open_here(models.path("qwen2", seed=1)) as engine:
-        yield engine
-
-
-def open_here(folder: str) -> LatentEngine:
-    store = MemoryStore(namespace=Namespace("mcp-tests", b"k" * 32))
-    return LatentEngine.from_pretrained(folder, dtype="float32", device="cpu", kv_pool_bytes=8 << 20, store=store)
 
 
 def contexts(base: str, namespace: str = "one") -> McpContexts:
