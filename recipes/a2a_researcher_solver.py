@@ -147,6 +147,8 @@ def solver_process(model: str | None, port: int, frames_port: int, token: str) -
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
+        else:
+            sys.exit("The solver ended before it answered; what it said is above.")
         yield url
     finally:
         process.terminate()

@@ -68,6 +68,8 @@ def process(command: list[str], url: str, **environment: str) -> Iterator[None]:
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
+        else:
+            sys.exit(f"{url} was to be served, but the server ended; what it said is above.")
         yield
     finally:
         started.terminate()

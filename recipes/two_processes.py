@@ -99,6 +99,8 @@ def served(model: str | None, port: int) -> Iterator[tuple[str, str]]:
                 break
             except httpx.TransportError:
                 time.sleep(0.2)
+        else:
+            sys.exit("The researcher's server ended before it answered; what it said is above.")
         yield url, token
     finally:
         process.terminate()

@@ -14,14 +14,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from avp_agents.context import Context, TokenSegment
+from avp_agents.context import Context
 from avp_agents.errors import AvpError, EngineError, HandshakeError, ProjectionError, TransportError
-from avp_agents.projection.thought import SpokenMessage, SpokenRole, Thought
+from avp_agents.projection.thought import SpokenRole, Thought
 from avp_agents.protocol.frame_decoding import open_frame
 from avp_agents.protocol.frame_values import decode_context
-from avp_agents.protocol.handshake import IN_PROCESS, CrossingMode, Decision, Hello, Link, Shipment, handshake
+from avp_agents.protocol.handshake import IN_PROCESS, CrossingMode, Decision, Hello, Link, Shipment
 from avp_agents.protocol.limits import DEFAULT_LIMITS, Limits
-from avp_agents.transport.client.handover import prefill_rate
+from avp_agents.transport.deciding import decide, received_thought, text_context
 from avp_agents.usage import Handoff, HandoffMode
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 FRAME_TYPE = "application/vnd.avp.frame"
 THOUGHT_TYPE = "application/vnd.avp.thought"
-_MEASURED_TEXT = "Which of these agents has read the report, and what did it say about the lighthouse? "
 
 Payload = bytes | bytearray
 Fetch = Callable[[], Awaitable[Payload]]
@@ -115,11 +114,6 @@ async def take_in(
     return context
 
 
-def text_context(text: str, target: LatentEngine, speaker: SpokenRole = "assistant") -> Context:
-    """A context of an engine that has read a text and nothing else."""
-    return target.crossing.project(Thought("", "", (), (SpokenMessage(speaker, text),)))
-
-
 def _decide(
     offer: Offer, payloads: Mapping[CrossingMode, Fetch], target: LatentEngine, link: Link, mode: CrossingMode | None
 ) -> Decision:
@@ -128,22 +122,7 @@ def _decide(
             raise HandshakeError(f"The other side offers text only, not {mode}.")
         return Decision("text", "the other side offers text only")
     theirs = replace(offer.source, modes=tuple(known for known in offer.source.modes if known in payloads))
-    ours = target.crossing.hello()
-    shaken = handshake(theirs, ours)
-    if mode is not None:
-        if mode not in shaken.modes:
-            possible = ", ".join(shaken.modes) or "nothing"
-            raise HandshakeError(f"{theirs.model} offers, and {ours.model} can use, {possible}; not {mode}.")
-        return Decision(mode, "asked for")
-    if "kv" in shaken.modes and "replay" in shaken.modes:
-        rate = prefill_rate(target, _sample(target))
-        shaken = handshake(theirs, replace(ours, prefill_rate=rate))
-    return shaken.choose(offer.shipment, link)
-
-
-def _sample(target: LatentEngine) -> Context:
-    """Some text to measure the prefill speed with."""
-    return Context(target.fingerprint, target.dtype, (TokenSegment(tuple(target.encode(_MEASURED_TEXT))),))
+    return decide(theirs, target, offer.shipment, lambda: link, mode)
 
 
 def _become(
@@ -160,19 +139,13 @@ def _become(
     if mode == "text":
         return text_context(_text(payload), target, offer.speaker), "text", ""
     if mode == "projection":
-        return _project(Thought.decode(memoryview(payload)), target, asked=asked)
+        received, done, why = received_thought(Thought.decode(memoryview(payload)), target, asked=asked)
+        if received is None:
+            raise ProjectionError(f"Nothing is left of the thought: {why}.")
+        return received, done, why
     context = decode_context(open_frame(payload, key=key, limits=limits))
     # of the same weights in another dtype the target makes its own when it uses it
     return target.accept(context) if context.dtype == target.dtype else context, mode, ""
-
-
-def _project(thought: Thought, target: LatentEngine, *, asked: bool) -> tuple[Context, HandoffMode, str]:
-    if asked and thought.distributions:
-        return target.crossing.project(thought), "projection", "with its vector"
-    choice = target.crossing.choose(thought)
-    if choice.mode == "text":
-        raise ProjectionError(f"Nothing is left of the thought: {choice.reason}.")
-    return target.crossing.project(choice.thought), choice.mode, choice.reason
 
 
 def _text(payload: Payload) -> str:
