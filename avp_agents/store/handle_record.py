@@ -5,17 +5,11 @@ The scope is not in it: the handle's id is a digest of recipe and scope, so a sc
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import asdict, dataclass
-from typing import cast
 
-import msgpack
-
-from avp_agents.errors import IntegrityError
 from avp_agents.handle import ContextHandle
-from avp_agents.store.namespace import MAC_BYTES, Namespace
-
-VERSION = 1
+from avp_agents.store.namespace import Namespace
+from avp_agents.store.small_record import decode_fields, encode_fields
 
 
 @dataclass(frozen=True)
@@ -39,8 +33,7 @@ class HandleRecord:
 
 def encode_handle(record: HandleRecord, namespace: Namespace) -> bytes:
     """msgpack and a MAC."""
-    content = cast(bytes, msgpack.packb({"version": VERSION, **asdict(record)}))
-    return content + _mac(content, record.handle.id, namespace)
+    return encode_fields(asdict(record), _label(record.handle.id), namespace)
 
 
 def decode_handle(data: bytes, handle_id: str, namespace: Namespace) -> HandleRecord:
@@ -49,17 +42,10 @@ def decode_handle(data: bytes, handle_id: str, namespace: Namespace) -> HandleRe
     Raises:
         IntegrityError: The bytes are torn, altered, another handle's, or of a version this release does not know.
     """
-    content, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
-    if not hmac.compare_digest(mac, _mac(content, handle_id, namespace)):
-        raise IntegrityError("MAC mismatch")
-    fields = msgpack.unpackb(content)
-    if fields["version"] != VERSION:
-        raise IntegrityError(f"record version {fields['version']} is unknown to this release")
+    fields = decode_fields(data, _label(handle_id), namespace)
     handle, segments = ContextHandle(**fields["handle"]), tuple(fields.get("segments", ()))
     return HandleRecord(handle, fields["recipe_id"], fields["ttl"], fields["stored"], segments)
 
 
-def _mac(content: bytes, handle_id: str, namespace: Namespace) -> bytes:
-    mac = namespace.mac("handle:" + handle_id)
-    mac.update(content)
-    return mac.digest()
+def _label(handle_id: str) -> str:
+    return "handle:" + handle_id

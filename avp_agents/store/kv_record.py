@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import asdict, dataclass
-from typing import cast
 
-import msgpack
-
-from avp_agents.errors import IntegrityError
-from avp_agents.store.namespace import MAC_BYTES, Namespace
-
-VERSION = 1
+from avp_agents.store.namespace import Namespace
+from avp_agents.store.small_record import decode_fields, encode_fields
 
 
 @dataclass(frozen=True)
@@ -34,8 +28,7 @@ class KvRecord:
 
 def encode_kv_record(record: KvRecord, segment_id: str, namespace: Namespace) -> bytes:
     """msgpack and a MAC."""
-    content = cast(bytes, msgpack.packb({"version": VERSION, **asdict(record)}))
-    return content + _mac(content, segment_id, namespace)
+    return encode_fields(asdict(record), _label(segment_id), namespace)
 
 
 def decode_kv_record(data: bytes, segment_id: str, namespace: Namespace) -> KvRecord:
@@ -44,16 +37,8 @@ def decode_kv_record(data: bytes, segment_id: str, namespace: Namespace) -> KvRe
     Raises:
         IntegrityError: The bytes are torn, altered, another segment's, or of a version this release does not know.
     """
-    content, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
-    if not hmac.compare_digest(mac, _mac(content, segment_id, namespace)):
-        raise IntegrityError("MAC mismatch")
-    fields = msgpack.unpackb(content)
-    if fields.pop("version") != VERSION:
-        raise IntegrityError("a record of a version that is unknown to this release")
-    return KvRecord(**fields)
+    return KvRecord(**decode_fields(data, _label(segment_id), namespace))
 
 
-def _mac(content: bytes, segment_id: str, namespace: Namespace) -> bytes:
-    mac = namespace.mac("kv-record:" + segment_id)
-    mac.update(content)
-    return mac.digest()
+def _label(segment_id: str) -> str:
+    return "kv-record:" + segment_id

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -20,7 +21,7 @@ from typing import Self
 
 import platformdirs
 
-from avp_agents.errors import ConfigurationError, NamespaceKeyError
+from avp_agents.errors import ConfigurationError, IntegrityError, NamespaceKeyError
 
 KEY_VARIABLE = "AVP_STORE_KEY"
 MAC_BYTES = 32
@@ -89,6 +90,26 @@ class Namespace:
     def mac(self, label: str) -> hashlib.blake2b:
         """A running MAC for the record called `label`; feed it the content, its digest has `MAC_BYTES` bytes."""
         return self._keyed(b"avp-mac", label.encode())
+
+    def signed(self, content: bytes, label: str) -> bytes:
+        """The content of the record called `label`, and its MAC."""
+        return content + self._mac_of(content, label)
+
+    def verified(self, data: bytes, label: str) -> bytes:
+        """The content of what `signed` made.
+
+        Raises:
+            IntegrityError: The bytes are torn, altered, or another record's.
+        """
+        content, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
+        if not hmac.compare_digest(mac, self._mac_of(content, label)):
+            raise IntegrityError("MAC mismatch")
+        return content
+
+    def _mac_of(self, content: bytes, label: str) -> bytes:
+        mac = self.mac(label)
+        mac.update(content)
+        return mac.digest()
 
     def _keyed(self, purpose: bytes, *parts: bytes) -> hashlib.blake2b:
         return _keyed(self.key, purpose, self.name.encode(), *parts)

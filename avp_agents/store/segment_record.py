@@ -13,7 +13,6 @@ of a splice also prefix and the parts' forms. Everything is little-endian; bfloa
 
 from __future__ import annotations
 
-import hmac
 import math
 import struct
 from dataclasses import astuple, dataclass
@@ -73,7 +72,7 @@ def encode_segment(record: SegmentRecord, segment_id: str, namespace: Namespace)
     if readout is not None:
         body += _readout_bytes(readout, record.dtype)
     content = _PREFIX.pack(MAGIC, len(packed)) + packed + body
-    return content + _mac(content, segment_id, namespace)
+    return namespace.signed(content, _label(segment_id))
 
 
 def decode_segment(data: bytes, segment_id: str, namespace: Namespace) -> SegmentRecord:
@@ -84,12 +83,11 @@ def decode_segment(data: bytes, segment_id: str, namespace: Namespace) -> Segmen
     """
     if len(data) < _PREFIX.size + MAC_BYTES:
         raise IntegrityError(f"{len(data)} bytes are too few for a segment record")
-    content, mac = data[:-MAC_BYTES], data[-MAC_BYTES:]
+    content = data[:-MAC_BYTES]
     magic, header_length = _PREFIX.unpack_from(content)
     if magic != MAGIC or header_length > len(content) - _PREFIX.size:
         raise IntegrityError("not a segment record")
-    if not hmac.compare_digest(mac, _mac(content, segment_id, namespace)):
-        raise IntegrityError("MAC mismatch")
+    namespace.verified(data, _label(segment_id))
     start = _PREFIX.size + header_length
     header = msgpack.unpackb(content[_PREFIX.size : start])
     if header["version"] != VERSION:
@@ -149,10 +147,8 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigurationError(message)
 
 
-def _mac(content: bytes, segment_id: str, namespace: Namespace) -> bytes:
-    mac = namespace.mac("segment:" + segment_id)
-    mac.update(content)
-    return mac.digest()
+def _label(segment_id: str) -> str:
+    return "segment:" + segment_id
 
 
 def _parse(header: dict[str, Any], body: bytes) -> SegmentRecord:
