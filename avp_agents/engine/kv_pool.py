@@ -59,16 +59,18 @@ class Region:
 
     Attributes:
         written: Positions holding keys and values of the region's lineage.
+        chunked: Leading positions that were computed chunk by chunk from position 0 on (batch-invariant engines only):
+            whoever begins with the same inputs computes the same bits.
         writer: Whether a running sequence may append.
         views: Live `PooledKv` objects that show a prefix of it.
         last_use: Tick of the last use, for LRU.
     """
 
-    __slots__ = ("__weakref__", "capacity", "last_use", "start", "views", "writer", "written")
+    __slots__ = ("__weakref__", "capacity", "chunked", "last_use", "start", "views", "writer", "written")
 
     def __init__(self, start: int, capacity: int) -> None:
         self.start, self.capacity = start, capacity
-        self.written, self.writer, self.last_use = 0, False, 0
+        self.written, self.chunked, self.writer, self.last_use = 0, 0, False, 0
         self.views: weakref.WeakSet[PooledKv] = weakref.WeakSet()
 
 
@@ -164,7 +166,7 @@ class KvPool:
             region = self._allocate(capacity, spare=source)
             if region is not None and source is not None:
                 self.copy(source.start, region.start, length)
-                region.written = length
+                region.written, region.chunked = length, min(source.chunked, length)
             elif region is None and parent is not None and not any(r.writer for r in self._regions):
                 # no room for both, and nobody whose end would make some: the parent's memory gives way
                 kept = self.read(parent, 0, length)
@@ -334,6 +336,7 @@ class KvPool:
 
     def _shrink(self, region: Region, length: int) -> None:
         region.capacity = region.written = length
+        region.chunked = min(region.chunked, length)
 
 
 def _buffer(shape: LayerShape, positions: int, dim: int) -> torch.Tensor:

@@ -13,14 +13,15 @@ from avp_agents.engine.request import Placement
 from avp_agents.engine.sequence import Sequence
 
 
-def place(sequence: Sequence, pool: KvPool, *, exact_parents_only: bool) -> tuple[Region, Placement] | None:
+def place(sequence: Sequence, pool: KvPool, *, chunk: int | None) -> tuple[Region, Placement] | None:
     """Open a region for a sequence, its known positions filled in.
 
     Args:
         sequence: Not admitted yet.
         pool: The KV memory.
-        exact_parents_only: Use only what the base context's own run computed, not equal tokens behind it that another
-            run computed in other shapes (whose last bits may differ).
+        chunk: Positions per chunk where results must be equal bit for bit: used are then only what the base context's
+            own run computed, and whole chunks from position 0 on, not what another run computed in other shapes. None
+            uses whatever is equal but for rounding.
 
     Returns:
         The region and how it was filled; None while running sequences hold the memory.
@@ -31,15 +32,17 @@ def place(sequence: Sequence, pool: KvPool, *, exact_parents_only: bool) -> tupl
     started = time.monotonic()
     request = sequence.request
     views = [view for view in pool.views() if view.store is request.store]
-    if exact_parents_only:
-        view, matched = _own_view(request.base, views)
-        prefixed, behind = _prefix_view(request.prefix, sequence.lineage, views)
-        if behind > matched:
-            view, matched = prefixed, behind
-    else:
-        view, matched = _best_view(sequence.lineage, views)
     # the last position is always fed again, since its hidden state is needed
     most = sequence.total - 1
+    if chunk is None:
+        view, matched = _best_view(sequence.lineage, views)
+    else:
+        candidates = (
+            _own_view(request.base, views),
+            _prefix_view(request.prefix, sequence.lineage, views),
+            _chunked_view(sequence.lineage, views, chunk, most),
+        )
+        view, matched = max(candidates, key=lambda candidate: candidate[1])
     host = request.host_kv
     from_host = 0
     if host is not None:
@@ -163,6 +166,23 @@ def _prefix_view(
         return None, 0
     view, own = _own_view(prefix, views)
     return view, min(own, shared_positions(prefix.lineage, lineage))
+
+
+def _chunked_view(
+    lineage: tuple[Segment, ...], views: Iterable[PooledKv], chunk: int, most: int
+) -> tuple[PooledKv | None, int]:
+    """The KV-cache with most whole chunks, among the first `most` positions, that this lineage would compute, too."""
+    best: PooledKv | None = None
+    longest = 0
+    for view in views:
+        context, region = view.context(), view.region
+        if context is None or region is None or min(region.chunked, view.length) <= longest:
+            continue
+        shared = min(region.chunked, view.length, most, shared_positions(context.lineage, lineage))
+        whole = shared // chunk * chunk
+        if whole > longest:
+            best, longest = view, whole
+    return best, longest
 
 
 def _best_view(lineage: tuple[Segment, ...], views: Iterable[PooledKv]) -> tuple[PooledKv | None, int]:

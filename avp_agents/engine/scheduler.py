@@ -213,7 +213,7 @@ class Scheduler:
             try:
                 if sequence.has_splices:
                     self._rotation.require()
-                placed = place(sequence, self.pool, exact_parents_only=self._batch_invariant)
+                placed = place(sequence, self.pool, chunk=INVARIANT_CHUNK if self._batch_invariant else None)
             except AvpError as error:
                 self._fail(sequence, error)
                 continue
@@ -234,6 +234,8 @@ class Scheduler:
             sequences = [sequence for sequence, _ in chosen]
             outputs = self._runner.run(pieces)
             for sequence, piece in zip(sequences, pieces, strict=True):
+                if self._batch_invariant and piece.count == INVARIANT_CHUNK and piece.frame is None:
+                    sequence.chunk_fed(piece.count)
                 sequence.fed(piece.count)
                 self._move(sequence, sequence.moves_due())
             self._steps += 1

@@ -74,6 +74,12 @@ class Sequence(ABC):
         wants_logits = stop >= self.total and self.wants_logits()
         return Piece(inputs, self.region.start, self.length, wants_logits, frame)
 
+    def chunk_fed(self, count: int) -> None:
+        """Note that the coming `count` positions are a whole chunk, if all before them are whole chunks."""
+        assert self.region is not None
+        if self.region.chunked == self.length:
+            self.region.chunked += count
+
     def fed(self, count: int) -> None:
         """Note that `count` positions more are in the pool."""
         assert self.region is not None

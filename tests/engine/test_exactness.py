@@ -20,6 +20,7 @@ from reference import Decoded, Reference, Thought, before_answer, fed_latents, p
 
 from avp_agents import Context, DiskStore, Generation, LatentEngine, LatentSegment, TokenSegment
 from avp_agents.engine.base import GenerateOptions
+from avp_agents.engine.runner import INVARIANT_CHUNK
 
 STEPS, TOKENS = 20, 32
 ANSWER: GenerateOptions = {"max_tokens": TOKENS, "min_tokens": TOKENS, "logprobs": 20}
@@ -263,6 +264,25 @@ async def test_batch_invariant_results_are_bit_equal_in_company(
         assert torch.equal(fed_latents(company), fed_latents(alone))
         assert_same_kv(company, alone)
         assert answer.logprobs == other_invariant.generate(question, max_tokens=6, logprobs=5).logprobs
+
+
+def test_batch_invariant_prompts_share_whole_chunks_without_changing_a_bit(
+    invariant: LatentEngine, other_invariant: LatentEngine
+) -> None:
+    """A prompt that begins like another one takes over its whole chunks; a chunk that differs anywhere is computed."""
+    opening = "The lighthouse keeper counts ships, gulls and hours, and writes all of it into a long green book. " * 6
+    first = invariant.think(f"{opening} Who reads the book?", steps=1)
+    assert first.kv is not None
+
+    second = invariant.think(f"{opening} What is counted?", steps=2)
+    alone = other_invariant.think(f"{opening} What is counted?", steps=2)
+
+    assert second.usage is not None
+    assert alone.usage is not None
+    assert second.usage.positions_reused == INVARIANT_CHUNK * (len(second) // INVARIANT_CHUNK) > 0
+    assert alone.usage.positions_reused == 0
+    assert torch.equal(fed_latents(second), fed_latents(alone))
+    assert_same_kv(second, alone)
 
 
 def assert_same_kv(one: Context, other: Context) -> None:
