@@ -42,3 +42,15 @@ def _folders_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def smollm2_path() -> Path:
     """The folder of SmolLM2-135M-Instruct, fetched once per user."""
     return default_model()
+
+
+@pytest.fixture(scope="session")
+def qwen_path() -> Path:
+    """The folder of Qwen2.5-Coder-0.5B-Instruct: another family, whose head is untied, and which can choose tools."""
+    folder = os.environ.get("AVP_TEST_QWEN")
+    if not folder or not Path(folder, "config.json").is_file():
+        pytest.skip(
+            "set AVP_TEST_QWEN to a folder with Qwen2.5-Coder-0.5B-Instruct "
+            "(hf download Qwen/Qwen2.5-Coder-0.5B-Instruct --local-dir FOLDER)"
+        )
+    return Path(folder)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
 from plugin_reference import STEPS, answers, assert_same, expectations
 from plugin_vllm import BLOCK, think, thinking_vllm
 
@@ -17,14 +15,6 @@ PROMPTS = (
     "Write a Python function that reverses a list, and explain it.",
     "def area(width, height):\n    return width * height\n\n" * 9 + "What does this module do?",
 )
-
-
-@pytest.fixture(scope="module")
-def qwen_path() -> Path:
-    folder = os.environ.get("AVP_TEST_QWEN")
-    if not folder:
-        pytest.skip("set AVP_TEST_QWEN to a folder with Qwen2.5-Coder-0.5B-Instruct (an untied head) to run this test")
-    return Path(folder)
 
 
 def test_thoughts_and_the_answers_on_them_are_the_same(qwen_path: Path) -> None:

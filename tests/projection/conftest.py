@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,18 +14,6 @@ from engines_of_two_models import Engines
 from avp_agents import LatentEngine, MemoryStore, Namespace
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))
-
-
-@pytest.fixture(scope="session")
-def qwen_path() -> Path:
-    """The folder of Qwen2.5-Coder-0.5B-Instruct."""
-    folder = os.environ.get("AVP_TEST_QWEN")
-    if not folder or not Path(folder, "config.json").is_file():
-        pytest.skip(
-            "set AVP_TEST_QWEN to a folder with Qwen2.5-Coder-0.5B-Instruct "
-            "(hf download Qwen/Qwen2.5-Coder-0.5B-Instruct --local-dir FOLDER)"
-        )
-    return Path(folder)
 
 
 @pytest.fixture(scope="session")

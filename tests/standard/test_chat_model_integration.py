@@ -92,7 +92,7 @@ class TestAvpChatModelIntegration(ChatModelIntegrationTests):
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         """The second turn of a conversation: it reuses the first one's positions."""
         model = AvpChatModel(**self.chat_model_params)
-        answer = _answer(model, [QUESTION, model.invoke([QUESTION]), HumanMessage("And four?")], stream=stream)
+        answer = answer_of(model, [QUESTION, model.invoke([QUESTION]), HumanMessage("And four?")], stream=stream)
         assert answer.usage_metadata is not None
         assert answer.usage_metadata.get("input_token_details", {}).get("cache_read", 0) > 0
         return answer
@@ -100,10 +100,10 @@ class TestAvpChatModelIntegration(ChatModelIntegrationTests):
     def invoke_with_reasoning_output(self, *, stream: bool = False) -> AIMessage:
         """Latent steps count as reasoning."""
         model = AvpChatModel(**self.chat_model_params, mode="latent", latent_steps=4)
-        return _answer(model, [QUESTION], stream=stream)
+        return answer_of(model, [QUESTION], stream=stream)
 
 
-def _answer(model: AvpChatModel, messages: list[Any], *, stream: bool) -> AIMessage:
+def answer_of(model: AvpChatModel, messages: list[Any], *, stream: bool) -> AIMessage:
     if not stream:
         return model.invoke(messages)
     whole: AIMessageChunk | None = None
