@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 import avp_agents
 from avp_agents.cli.bench import bench
+from avp_agents.cli.chain import bench_chain
 from avp_agents.cli.console import print_error
 from avp_agents.cli.demo import demo
 from avp_agents.cli.doctor import doctor
@@ -19,6 +20,7 @@ from avp_agents.cli.reference import bench_reference
 from avp_agents.cli.serve import add_token, serve
 from avp_agents.cli.size import size
 from avp_agents.cli.soak import bench_soak
+from avp_agents.cli.throughput import bench_throughput
 from avp_agents.errors import AvpError
 
 
@@ -49,10 +51,12 @@ app.command()(serve)
 app.command("add-token")(add_token)
 app.command()(report)
 app.command()(size)
+bench.command("chain")(bench_chain)
 bench.command("handoff")(bench_handoff)
 bench.command("quality")(bench_quality)
 bench.command("reference")(bench_reference)
 bench.command("soak")(bench_soak)
+bench.command("throughput")(bench_throughput)
 app.add_typer(bench, name="bench")
 
 

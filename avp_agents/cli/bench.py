@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from avp_agents.cli.chain import bench_chain
 from avp_agents.cli.console import print_json, progress_console, result_console
 from avp_agents.errors import ConfigurationError
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from avp_agents.evals.engine_bench import EngineBench, Figure
 
 bench = typer.Typer(help="Measure on the machine at hand.", no_args_is_help=True)
-bench.command("chain")(bench_chain)
 
 
 @bench.command("engine")

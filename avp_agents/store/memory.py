@@ -283,7 +283,9 @@ class MemoryStore(ContextStore):
                 held.context = replace(held.context, readout=context.readout)
             kv, offered = held.context.kv, context.kv
             # a host copy is offered when an engine is about to lose its own
-            if offered is not None and (kv is None or (kv.on_device and not offered.on_device)):
+            if offered is not None and (
+                kv is None or offered.length > kv.length or (kv.on_device and not offered.on_device)
+            ):
                 held.context.attach(kv=offered)
         self._recount(held)
 

@@ -33,7 +33,8 @@ from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.outputs import RequestOutput
 
 from avp_agents.engine.vllm.plugin import register
-from avp_agents.engine.vllm.plugin.request import Thought, ThoughtRequest, latent_options, read_thought
+from avp_agents.engine.vllm.plugin.options import plugin_options
+from avp_agents.engine.vllm.plugin.request import Thought, ThoughtRequest, read_thought
 
 BLOCK = 128
 """Positions in one of vLLM's KV blocks on a CPU."""
@@ -46,7 +47,7 @@ def thinking_vllm(path: str | Path, **options: Any) -> Iterator[LLM]:
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 8}
     settings |= {"num_gpu_blocks_override": 24}
     architecture = json.loads((Path(path) / "config.json").read_text())["architectures"][0]
-    llm = LLM(str(path), **(settings | latent_options(architecture) | options))
+    llm = LLM(str(path), **(settings | plugin_options(thinks_as=architecture) | options))
     try:
         yield llm
     finally:

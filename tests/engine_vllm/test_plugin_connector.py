@@ -16,7 +16,8 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from avp_agents.engine.vllm.plugin.connector import Collected, Completed, LatentConnector, latent_rows
-from avp_agents.engine.vllm.plugin.request import FIELD, ROWS_ARGUMENT, ThoughtRequest, latent_options
+from avp_agents.engine.vllm.plugin.options import plugin_options
+from avp_agents.engine.vllm.plugin.request import FIELD, ROWS_ARGUMENT, ThoughtRequest
 from avp_agents.errors import ConfigurationError
 
 ROWS = 2000
@@ -24,7 +25,7 @@ VOCABULARY = 49152
 
 
 def _config(**extra: Any) -> Any:
-    transfer = latent_options("LlamaForCausalLM", rows=ROWS)["kv_transfer_config"]
+    transfer = plugin_options(thinks_as="LlamaForCausalLM", rows=ROWS)["kv_transfer_config"]
     return SimpleNamespace(instance_id="test", kv_transfer_config=KVTransferConfig(**(transfer | extra)))
 
 
@@ -150,9 +151,8 @@ def test_ordinary_requests_get_no_answer(connector: LatentConnector) -> None:
 
 def test_the_connector_must_be_configured_and_may_be_one_of_several() -> None:
     assert latent_rows(_config()) == ROWS
-    several = {
-        "connectors": [{"kv_connector": "ExampleConnector"}, latent_options("LlamaForCausalLM")["kv_transfer_config"]]
-    }
+    latent = plugin_options(thinks_as="LlamaForCausalLM")["kv_transfer_config"]
+    several = {"connectors": [{"kv_connector": "ExampleConnector"}, latent]}
     assert latent_rows(_config(kv_connector="MultiConnector", kv_connector_extra_config=several)) == 8192
     with pytest.raises(ConfigurationError, match="need the KV connector LatentConnector"):
         latent_rows(_config(kv_connector="ExampleConnector"))

@@ -15,11 +15,9 @@ from avp_agents.context import LatentRecipe
 from avp_agents.engine.vllm.plugin.request import (
     FIELD,
     ThoughtRequest,
-    latent_arguments,
-    latent_options,
     read_thought,
 )
-from avp_agents.errors import ConfigurationError, EngineError, NumericalError, UnsupportedModelError
+from avp_agents.errors import ConfigurationError, EngineError, NumericalError
 
 STEPS = 4
 
@@ -49,25 +47,6 @@ def test_a_request_says_the_same_in_process_and_over_http() -> None:
     assert sampling["max_tokens"] == body["max_tokens"] == asked.max_tokens > 20
     assert sampling["extra_args"]["kv_transfer_params"] == body["kv_transfer_params"]
     assert ThoughtRequest.parse(json.loads(json.dumps(body))["kv_transfer_params"][FIELD]) == asked
-
-
-def test_options_and_arguments_start_the_same_vllm() -> None:
-    options, arguments = latent_options("Qwen2ForCausalLM", rows=2000), latent_arguments("Qwen2ForCausalLM", rows=2000)
-
-    assert options["hf_overrides"] == {"architectures": ["LatentQwen2ForCausalLM"]}
-    assert options["enable_prompt_embeds"] is True
-    assert "--enable-prompt-embeds" in arguments
-    for name in ("hf_overrides", "kv_transfer_config"):
-        value = arguments[arguments.index("--" + name.replace("_", "-")) + 1]
-        assert json.loads(value) == options[name]
-    assert arguments[arguments.index("--logits-processors") + 1] == options["logits_processors"][0]
-
-
-def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="FalconForCausalLM cannot think inside vLLM; LlamaForCausalLM"):
-        latent_options("FalconForCausalLM")
-    with pytest.raises(ConfigurationError, match="rows must be more than 1024"):
-        latent_options("LlamaForCausalLM", rows=100)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +114,7 @@ def test_nan_and_inf_are_reported_with_their_step() -> None:
 
 def test_an_answer_without_a_thought_says_why() -> None:
     for nothing in (None, {}, {"do_remote_prefill": False}):
-        with pytest.raises(EngineError, match="start it with latent_options"):
+        with pytest.raises(EngineError, match="start it with plugin_options"):
             read_thought(nothing)
     with pytest.raises(EngineError, match="needs a max_model_len of 600"):
         read_thought({FIELD: {"error": "a prompt of 577 positions needs a max_model_len of 600."}})

@@ -17,7 +17,8 @@ from vllm.inputs import TokensPrompt
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.context import LatentSegment
 from avp_agents.engine.vllm.plugin.models import _refuse
-from avp_agents.engine.vllm.plugin.request import LOGITS_PROCESSOR, ThoughtRequest, latent_options, read_thought
+from avp_agents.engine.vllm.plugin.options import plugin_options
+from avp_agents.engine.vllm.plugin.request import LOGITS_PROCESSOR, ThoughtRequest, read_thought
 from avp_agents.engine.vllm.plugin.sampling import LatentSampling
 from avp_agents.errors import ConfigurationError, EngineError
 
@@ -40,7 +41,7 @@ def engine(tiny: Path) -> Iterator[LatentEngine]:
 @pytest.fixture(scope="module")
 def llm(tiny: Path, engine: LatentEngine) -> Iterator[LLM]:
     with thinking_vllm(
-        tiny, kv_transfer_config=latent_options("LlamaForCausalLM", rows=ROWS)["kv_transfer_config"]
+        tiny, kv_transfer_config=plugin_options(thinks_as="LlamaForCausalLM", rows=ROWS)["kv_transfer_config"]
     ) as llm:
         yield llm
 
@@ -159,7 +160,7 @@ def _config(**changes: Any) -> Any:
         "lora_config": None,
     }
     found = SimpleNamespace(**(settings | changes))
-    transfer = KVTransferConfig(**latent_options("LlamaForCausalLM")["kv_transfer_config"])
+    transfer = KVTransferConfig(**plugin_options(thinks_as="LlamaForCausalLM")["kv_transfer_config"])
     return SimpleNamespace(model_config=found, parallel_config=found, kv_transfer_config=transfer, **vars(found))
 
 

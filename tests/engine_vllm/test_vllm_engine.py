@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+import torch
 from fake_vllm import WINDOW, FakeBackend
 from vllm_cases import FINGERPRINT, thought_behind
 
@@ -15,6 +16,7 @@ from avp_agents import Context, Engine, LatentSegment, MemoryStore, TokenSegment
 from avp_agents.context import SplicedSegment
 from avp_agents.engine.grammar import Grammar
 from avp_agents.engine.vllm import VllmEngine
+from avp_agents.engine.vllm.plugin.kv_request import KvRequest
 from avp_agents.engine.vllm.served_model import ServedModel
 from avp_agents.errors import (
     AvpError,
@@ -27,6 +29,7 @@ from avp_agents.errors import (
     RequestTimeoutError,
     UnsupportedModelError,
 )
+from avp_agents.kv_cache import HostKv
 
 
 class Vllm:
@@ -283,6 +286,58 @@ def test_options_are_checked_before_vllm_is_asked(vllm: Vllm, options: Any, erro
     with pytest.raises(error):
         vllm.engine.generate("Well?", **options)
     assert not vllm.backend.asked
+
+
+def _stored_with_kv(store: MemoryStore, thought: Context, positions: int) -> Context:
+    """A context as it comes from a store that has keys and values for its first positions."""
+    keys = torch.zeros(3, positions, 64)
+    stored = Context(thought.fingerprint, thought.dtype, thought.lineage)
+    stored.attach(kv=HostKv(((keys, keys),)))
+    return store.get(store.put(stored))
+
+
+def test_vllm_loads_what_the_store_has_and_is_told_its_salt(
+    served_model: ServedModel, store: MemoryStore, thought: Context
+) -> None:
+    backend = FakeBackend([57])
+    with VllmEngine(served_model, backend, store, loads_kv=True) as engine:
+        stored = _stored_with_kv(store, thought, positions=8)
+        engine.generate("Well?", context=stored, max_tokens=1)
+        engine.replay(stored)
+        engine.generate("Well?", context=thought, max_tokens=1)
+
+    loading, replaying, computing = (decoding for _, decoding in backend.asked)
+    kv = KvRequest(load=stored.to_handle().id, positions=8)
+    assert loading.transfer == replaying.transfer == kv.transfer_params()
+    assert loading.salt == replaying.salt == kv.salt
+    assert (computing.transfer, computing.salt) == (None, None)
+
+
+def test_vllm_is_told_of_no_store_that_it_does_not_know(
+    served_model: ServedModel, store: MemoryStore, thought: Context
+) -> None:
+    backend = FakeBackend([57])
+    with VllmEngine(served_model, backend, store) as engine:
+        stored = _stored_with_kv(store, thought, positions=8)
+        engine.generate("Well?", context=stored, max_tokens=1)
+        with pytest.raises(ConfigurationError, match="kv_store"):
+            engine.save_kv(store.get(store.put(thought, kv=False)))
+
+    [(_, decoding)] = backend.asked
+    assert (decoding.transfer, decoding.salt) == (None, None)
+
+
+def test_saving_waits_for_the_store_and_not_for_ever(
+    served_model: ServedModel, store: MemoryStore, thought: Context
+) -> None:
+    backend = FakeBackend([57])
+    with VllmEngine(served_model, backend, store, loads_kv=True) as engine:
+        handle = store.put(thought)
+        with pytest.raises(RequestTimeoutError, match=r"within 0\.2 s"):
+            engine.save_kv(thought, timeout=0.2)
+
+    [(_, decoding)] = backend.asked
+    assert decoding.transfer == KvRequest(save=handle.id).transfer_params()
 
 
 def test_thinking_needs_the_plugin(vllm: Vllm) -> None:

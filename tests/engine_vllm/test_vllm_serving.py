@@ -15,18 +15,29 @@ import httpx
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: see docs/vllm.md")
+pytest.importorskip("obstore", reason="needs the extra `objects`")
 
-from vllm_cases import STEPS, Reference, review, solve, without_kv
+from vllm_cases import STEPS, TOKENS, Reference, review, solve, without_kv
 
-from avp_agents import Context, LatentEngine, MemoryStore, Namespace, TokenSegment
+from avp_agents import Context, LatentEngine, TokenSegment
+from avp_agents.engine.base import GenerateOptions
 from avp_agents.engine.vllm import VllmEngine
-from avp_agents.engine.vllm.plugin.request import latent_arguments
+from avp_agents.engine.vllm.plugin.options import plugin_arguments
+from avp_agents.store import open_store
 
 START_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
-def engine(references: list[Reference], smollm2_path: Path) -> Iterator[VllmEngine]:
+def kv_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a store that the server and its callers share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AVP_STORE_KEY", "11" * 32)
+        yield f"file://{tmp_path_factory.mktemp('contexts')}"
+
+
+@pytest.fixture(scope="module")
+def engine(references: list[Reference], smollm2_path: Path, kv_store: str) -> Iterator[VllmEngine]:
     """On a server of its own; after the references, so that the two do not compute at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,14 +48,13 @@ def engine(references: list[Reference], smollm2_path: Path) -> Iterator[VllmEngi
         *("--max-model-len", "512", "--max-num-seqs", "8", "--num-gpu-blocks-override", "16"),
         *("--trust-request-chat-template", "--enable-prompt-tokens-details"),
         *("--structured-outputs-config.backend", "guidance"),
-        *latent_arguments("LlamaForCausalLM"),
+        *plugin_arguments(thinks_as="LlamaForCausalLM", kv_store=kv_store),
     ]
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url, server)
-        store = MemoryStore(namespace=Namespace("vllm-tests", b"k" * 32))
-        with VllmEngine.from_server(url, dtype="float32", store=store) as opened:
+        with VllmEngine.from_server(url, dtype="float32", kv_store=kv_store) as opened:
             yield opened
     finally:
         server.terminate()
@@ -78,6 +88,22 @@ def test_it_thinks_over_http(engine: VllmEngine, latent_engine: LatentEngine, re
 
     assert thought.recipe_id == reference.thought.recipe_id
     assert solve(latent_engine, reference.case, thought).token_ids == reference.answer.token_ids
+
+
+def test_keys_and_values_go_to_and_come_from_the_store(
+    engine: VllmEngine, latent_engine: LatentEngine, kv_store: str, references: list[Reference]
+) -> None:
+    reference = references[1]
+    store = open_store(kv_store, share_kv=True)
+    tokens: GenerateOptions = {"max_tokens": TOKENS, "min_tokens": TOKENS}
+
+    answer = engine.generate(reference.case.solve, context=engine.resolve(store.put(reference.thought)), **tokens)
+    handle = engine.store.put(answer.context)
+    engine.save_kv(answer.context)
+    went_on = latent_engine.generate(reference.case.review, context=store.get(handle), **tokens)
+
+    assert (answer.handoff.mode, answer.token_ids) == ("kv", reference.answer.token_ids)
+    assert (went_on.handoff.mode, went_on.token_ids) == ("kv", reference.review.token_ids)
 
 
 def test_tokens_that_no_text_becomes_are_sent_all_the_same(

@@ -110,6 +110,22 @@ def test_what_another_process_stored_is_promoted(tmp_path: Path) -> None:
         store.get(handle, scope="thread-2")
 
 
+def test_more_of_a_kv_cache_than_is_above_is_promoted(tmp_path: Path) -> None:
+    """Another process first knows the keys of what a context goes on from, and later its own."""
+    parent = make_context()
+    child = make_context(parent=parent, seed=1)
+    store, other = tiers(tmp_path), DiskStore(tmp_path, namespace=TENANT)
+    other.put(parent)
+    handle = other.put(child, kv=False)
+    first = store.get(handle)
+
+    other.add_kv(child)
+
+    assert first.kv is not None
+    assert first.kv.length == len(parent)
+    assert_same_kv(store.get(handle), child)
+
+
 def test_what_another_process_deleted_is_gone(tmp_path: Path) -> None:
     store, other = tiers(tmp_path), tiers(tmp_path)
     handles = [store.put(make_context(seed=seed)) for seed in range(2)]

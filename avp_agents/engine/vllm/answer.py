@@ -23,6 +23,7 @@ from avp_agents.engine.sampling import Sampled
 from avp_agents.engine.stopping import TextStream
 from avp_agents.engine.vllm.backend import Decoding, Step
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
+from avp_agents.engine.vllm.plugin.kv_request import KvRequest
 from avp_agents.errors import EngineError
 from avp_agents.usage import Handoff, Usage
 
@@ -42,6 +43,7 @@ class Order:
         deliver: Called from the engine's thread with every event.
         notes: What rendering decided.
         timeout: Seconds until the request ends, if any.
+        kv: Keys and values that vLLM is to load or save itself, if any.
     """
 
     model: tuple[str, str]
@@ -51,6 +53,7 @@ class Order:
     deliver: Callable[[Event], None]
     notes: tuple[str, ...] = ()
     timeout: float | None = None
+    kv: KvRequest | None = None
     submitted: float = field(default_factory=time.monotonic)
 
     @property
@@ -63,6 +66,10 @@ class Order:
 class Request(ABC):
     """An order, and what is known of it so far.
 
+    Args:
+        order: See `Order`.
+        decoding: How vLLM decodes, but for keys and values that it loads or saves.
+
     Attributes:
         prompt: The lineage as vLLM takes it.
         cached: Positions that vLLM found in its prefix cache; None where it did not say.
@@ -71,16 +78,17 @@ class Request(ABC):
         UnsupportedModelError: The lineage cannot be represented in vLLM.
     """
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, order: Order, decoding: Decoding) -> None:
+        self.order, self._decoding = order, decoding
         self.prompt = LineagePrompt.of(order.lineage)
         self.cached: int | None = None
         self._prefilled: float | None = None
 
     @property
-    @abstractmethod
     def decoding(self) -> Decoding:
         """How vLLM is to decode."""
+        kv = self.order.kv
+        return self._decoding if kv is None else self._decoding.moving(kv)
 
     @property
     @abstractmethod
@@ -137,7 +145,8 @@ class Request(ABC):
         if self.cached is None:
             said = "vLLM does not say what its prefix cache held"
         else:
-            said = f"{reused} of {len(base)} positions were in vLLM's prefix cache"
+            where = "prefix cache" if self.order.kv is None else "prefix cache, or loaded into it from the store"
+            said = f"{reused} of {len(base)} positions were in vLLM's {where}"
         seconds = (self._prefilled or time.monotonic()) - self.order.submitted
         return Handoff(
             mode="replay" if missing else "kv",
@@ -153,12 +162,9 @@ class Request(ABC):
 class Replaying(Request):
     """Has vLLM prefill a lineage, so that its prefix cache holds it. vLLM decodes one token at least; it is dropped."""
 
-    _done = False
-
-    @property
-    def decoding(self) -> Decoding:
-        """One token."""
-        return Decoding({"max_tokens": 1, "temperature": 0.0})
+    def __init__(self, order: Order) -> None:
+        super().__init__(order, Decoding({"max_tokens": 1, "temperature": 0.0}))
+        self._done = False
 
     @property
     def done(self) -> bool:
@@ -208,19 +214,13 @@ class Answering(Request):
         constraint: Constraint | None,
         token_text: Callable[[int], str],
     ) -> None:
-        super().__init__(order)
-        self._decoding = decoding
+        super().__init__(order, decoding)
         self._text, self._split, self._constraint = text, split, constraint
         self._stop_ids, self._token_text = stop_ids, token_text
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._finish: FinishReason | None = None
         self._last = Chunk("")
-
-    @property
-    def decoding(self) -> Decoding:
-        """As asked for."""
-        return self._decoding
 
     @property
     def done(self) -> bool:

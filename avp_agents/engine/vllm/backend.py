@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from avp_agents.engine.sampling import Sampled
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
+from avp_agents.engine.vllm.plugin.kv_request import KvRequest
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,21 @@ class Decoding:
         sampling: Sampling parameters under the names that vLLM gives them, in process and over HTTP.
         logprobs: Return log-probabilities of each token and of so many most likely ones; None for none.
         structured: What the answer may be, as vLLM's structured outputs take it; None for anything.
-        transfer: vLLM's ``kv_transfer_params``, by which the plugin for latent steps is spoken to; None for none.
+        transfer: vLLM's ``kv_transfer_params``, by which the plugin is spoken to; None for none.
+        wants_transfer: The plugin's answer is needed; over HTTP, a stream does not bring it.
+        salt: vLLM's ``cache_salt``; None for none.
     """
 
     sampling: dict[str, Any]
     logprobs: int | None = None
     structured: dict[str, Any] | None = None
     transfer: dict[str, Any] | None = None
+    wants_transfer: bool = False
+    salt: str | None = None
+
+    def moving(self, kv: KvRequest) -> Decoding:
+        """The same, with keys and values loaded or saved."""
+        return replace(self, transfer=(self.transfer or {}) | kv.transfer_params(), salt=kv.salt)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from avp_agents.engine.sampling import MAX_LOGPROBS, Sampled
 from avp_agents.engine.vllm.backend import Decoding, Facts, Step
 from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
-from avp_agents.engine.vllm.plugin.request import latent_options
+from avp_agents.engine.vllm.plugin.options import plugin_options
 from avp_agents.engine.vllm.served_model import ServedModel
 from avp_agents.errors import ConfigurationError, EngineBusyError, EngineError, UnsupportedModelError
 
@@ -40,6 +40,7 @@ class InProcess:
         model: What to run.
         dtype: In what; None is vLLM's choice.
         latent_steps: Load the plugin for latent steps.
+        kv_store: URL and namespace of a store that vLLM itself loads from and saves to, if any.
         options: vLLM's engine arguments, such as ``tensor_parallel_size`` or ``max_model_len``.
 
     Raises:
@@ -47,12 +48,18 @@ class InProcess:
     """
 
     def __init__(
-        self, model: ServedModel, *, dtype: str | None, latent_steps: bool, options: Mapping[str, Any]
+        self,
+        model: ServedModel,
+        *,
+        dtype: str | None,
+        latent_steps: bool,
+        kv_store: tuple[str, str] | None,
+        options: Mapping[str, Any],
     ) -> None:
         if taken := sorted(_OWN.keys() & options.keys()):
             raise ConfigurationError(f"VllmEngine sets {', '.join(taken)} itself; leave it out.")
         self._model, self._name = model, model.settings.name
-        self._latent_steps = latent_steps
+        self._latent_steps, self._kv_store = latent_steps, kv_store
         self._options = {**options, **({"dtype": dtype} if dtype is not None else {})}
         self._engine: AsyncLLM | None = None
 
@@ -66,10 +73,13 @@ class InProcess:
         """
         # this process has threads, so a fork of it may hang
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        if self._latent_steps:
+            # the plugin works in vLLM's first model runner
+            os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
         AsyncEngineArgs, AsyncLLM = _vllm()
-        plugin = latent_options(self._architecture) if self._latent_steps else {}
+        plugin = self._plugin_options()
         if taken := sorted(plugin.keys() & self._options.keys()):
-            raise ConfigurationError(f"latent_steps=True sets {', '.join(taken)} itself; leave it out.")
+            raise ConfigurationError(f"latent_steps and kv_store set {', '.join(taken)} themselves; leave it out.")
         from vllm.exceptions import VLLMClientError
 
         try:
@@ -77,6 +87,8 @@ class InProcess:
         except (TypeError, ValueError, VLLMClientError) as error:
             raise ConfigurationError(f"vLLM refuses to run {self._name}: {error}") from error
         model = config.model_config
+        if self._latent_steps and config.use_v2_model_runner:
+            raise ConfigurationError("Latent steps need vLLM's first model runner: set VLLM_USE_V2_MODEL_RUNNER=0.")
         if model.is_encoder_decoder:
             raise UnsupportedModelError(f"{self._name} is an encoder-decoder model; contexts need a decoder-only one.")
         try:
@@ -102,7 +114,7 @@ class InProcess:
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            (rendered,) = await self._engine.renderer.render_cmpl_async([self._prompt(prompt)])
+            (rendered,) = await self._engine.renderer.render_cmpl_async([self._prompt(prompt, decoding.salt)])
             async with aclosing(self._engine.generate(rendered, params, secrets.token_hex(16))) as outputs:
                 async for output in outputs:
                     tokens = _tokens(output.outputs[0], decoding.logprobs)
@@ -115,15 +127,18 @@ class InProcess:
             self._engine.shutdown(SHUTDOWN_SECONDS)
             self._engine = None
 
-    @property
-    def _architecture(self) -> str:
-        return next(iter(self._model.config.architectures or []), "")
+    def _plugin_options(self) -> dict[str, Any]:
+        architecture = next(iter(self._model.config.architectures or []), "")
+        url, namespace = self._kv_store or (None, "default")
+        thinks_as = architecture if self._latent_steps else None
+        return plugin_options(thinks_as=thinks_as, kv_store=url, namespace=namespace)
 
-    def _prompt(self, prompt: LineagePrompt) -> Any:
+    def _prompt(self, prompt: LineagePrompt, salt: str | None) -> Any:
         from vllm.inputs import EmbedsPrompt, TokensPrompt
 
+        salted: Any = {} if salt is None else {"cache_salt": salt}
         if prompt.is_text:
-            return TokensPrompt(prompt_token_ids=prompt.token_ids())
+            return TokensPrompt(prompt_token_ids=prompt.token_ids(), **salted)
         assert self._engine is not None
         dtype = self._engine.model_config.dtype
         assert isinstance(dtype, torch.dtype)
@@ -131,6 +146,7 @@ class InProcess:
             prompt_embeds=prompt.embeddings(dtype),
             prompt_token_ids=prompt.token_ids(),
             prompt_is_token_ids=prompt.is_token(),
+            **salted,
         )
 
 

@@ -18,6 +18,7 @@ from avp_agents.engine.stopping import TextStream
 from avp_agents.engine.vllm.answer import Answering, Event, Order, Replaying
 from avp_agents.engine.vllm.backend import Decoding, Facts
 from avp_agents.engine.vllm.constraining import Marker, structured_outputs
+from avp_agents.engine.vllm.plugin.kv_request import KvRequest
 from avp_agents.engine.vllm.served_model import ServedModel
 from avp_agents.engine.vllm.thinking import Thinking, thought_request
 from avp_agents.errors import ConfigurationError, ContextWindowError, UnsupportedModelError
@@ -32,10 +33,11 @@ class RequestBuilder:
     Args:
         model: The model.
         facts: How vLLM was set up.
+        loads_kv: Whether vLLM reads keys and values of stored contexts by itself.
     """
 
-    def __init__(self, model: ServedModel, facts: Facts) -> None:
-        self._model, self._facts = model, facts
+    def __init__(self, model: ServedModel, facts: Facts, *, loads_kv: bool) -> None:
+        self._model, self._facts, self._loads_kv = model, facts, loads_kv
 
     def answering(
         self, prompt: Prompt, context: Context | None, options: GenerateOptions, deliver: Deliver
@@ -78,11 +80,23 @@ class RequestBuilder:
 
     def replaying(self, context: Context, deliver: Deliver) -> Replaying:
         """A replay request. See `VllmEngine.replay`."""
-        context = self._cast(context)
-        self.check_receivable(context)
-        if len(context) >= self._facts.window:
-            raise ContextWindowError(window=self._facts.window, context=len(context), prompt=0, requested=1)
-        return Replaying(Order(self._identity, context, (), "replay", deliver))
+        context = self._replayable(context)
+        return Replaying(Order(self._identity, context, (), "replay", deliver, kv=self._stored_kv(context)))
+
+    def saving(self, context: Context, timeout: float, deliver: Deliver) -> Replaying:
+        """A request for which vLLM saves keys and values. See `VllmEngine.save_kv`.
+
+        Raises:
+            NotStoredError: The context was never stored.
+            ConfigurationError: vLLM has no store, or the context is in another dtype.
+        """
+        if not self._loads_kv:
+            raise ConfigurationError("This engine has no kv_store: make it with VllmEngine...(kv_store=url).")
+        handle = context.to_handle()
+        if self._replayable(context) is not context:
+            raise ConfigurationError(f"The context is in {context.dtype}, and vLLM runs in {self._facts.dtype}.")
+        kv = KvRequest(save=handle.id)
+        return Replaying(Order(self._identity, context, (), "save", deliver, timeout=timeout, kv=kv))
 
     def joined(self, contexts: Seq[Context], strategy: JoinStrategy) -> Context:
         """Several contexts as one. See `VllmEngine.join`."""
@@ -118,6 +132,19 @@ class RequestBuilder:
     def _identity(self) -> tuple[str, str]:
         return self._model.fingerprint, self._facts.dtype
 
+    def _replayable(self, context: Context) -> Context:
+        context = self._cast(context)
+        self.check_receivable(context)
+        if len(context) >= self._facts.window:
+            raise ContextWindowError(window=self._facts.window, context=len(context), prompt=0, requested=1)
+        return context
+
+    def _stored_kv(self, base: Context | None) -> KvRequest | None:
+        """What vLLM can load of a context: what the store it came from has, which is the one that vLLM reads."""
+        if not self._loads_kv or base is None or base.handle is None or base.kv is None or base.kv.on_device:
+            return None
+        return KvRequest(load=base.handle.id, positions=min(base.kv.length, len(base)))
+
     def _plan(self, prompt: Prompt, context: Context | None, options: GenerateOptions | ThinkOptions) -> PromptPlan:
         """What stands in vLLM's prompt. Contexts of the same weights in another dtype are cast."""
         plan = self._model.renderer.plan(
@@ -148,7 +175,16 @@ class RequestBuilder:
         timeout = options.get("timeout")
         if timeout is not None and timeout <= 0:
             raise ConfigurationError(f"timeout must be positive, not {timeout}.")
-        return Order(self._identity, plan.base, plan.token_ids, plan.relation, deliver, plan.notes, timeout=timeout)
+        return Order(
+            self._identity,
+            plan.base,
+            plan.token_ids,
+            plan.relation,
+            deliver,
+            plan.notes,
+            timeout=timeout,
+            kv=self._stored_kv(plan.base),
+        )
 
 
 def _sampling(params: SamplingParams, max_tokens: int, *, seeded: bool) -> dict[str, Any]:

@@ -150,8 +150,11 @@ class Server:
         if decoding.structured is not None:
             body["structured_outputs"] = decoding.structured
         if decoding.transfer is not None:
-            # a stream does not carry them back
-            body |= {"kv_transfer_params": decoding.transfer, "stream": False, "stream_options": None}
+            body["kv_transfer_params"] = decoding.transfer
+        if decoding.wants_transfer:
+            body |= {"stream": False, "stream_options": None}
+        if decoding.salt is not None:
+            body["cache_salt"] = decoding.salt
         content: Content | None = None
         if prompt.is_text:
             path = "v1/completions"

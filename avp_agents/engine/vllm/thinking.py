@@ -50,16 +50,11 @@ class Thinking(Request):
     """
 
     def __init__(self, order: Order, asked: ThoughtRequest) -> None:
-        super().__init__(order)
         body = asked.http_body()
-        self._decoding = Decoding(body, transfer=body.pop("kv_transfer_params"))
+        transfer = body.pop("kv_transfer_params")
+        super().__init__(order, Decoding(body, transfer=transfer, wants_transfer=True))
         self._thought: Thought | None = None
         self._closed = False
-
-    @property
-    def decoding(self) -> Decoding:
-        """As the plugin wants it."""
-        return self._decoding
 
     @property
     def done(self) -> bool:

@@ -15,28 +15,33 @@ the `LatentMemory`, a table of embeddings on the device:
 It works in vLLM's first model runner (``VLLM_USE_V2_MODEL_RUNNER=0`` on a GPU), alone or with tensor parallelism. What
 it cannot run with is refused when the model is loaded.
 
-`request` is the caller's side: options that start a vLLM with all of this, parameters that make a request a latent
-one, and how the thought is read from the answer. It needs no vLLM.
+Another connector, on its own or beside that one, moves keys and values between vLLM and a store: `kv_connector`, whose
+worker's side is `kv_worker`, over `kv_blocks`.
+
+`request` and `kv_request` are the caller's side: parameters that make a request a latent one or have it load or save,
+and how the answer is read. `options` starts a vLLM with all of this. These need no vLLM.
 """
 
+from avp_agents.engine.vllm.plugin.kv_request import CONNECTOR as STORE_CONNECTOR
 from avp_agents.engine.vllm.plugin.request import ARCHITECTURES, CONNECTOR
 
-_MODELS = "avp_agents.engine.vllm.plugin.models"
-_CONNECTOR_MODULE = "avp_agents.engine.vllm.plugin.connector"
+_PLUGIN = "avp_agents.engine.vllm.plugin"
+_CONNECTORS = {CONNECTOR: f"{_PLUGIN}.connector", STORE_CONNECTOR: f"{_PLUGIN}.kv_connector"}
 
 
 def register() -> None:
-    """Make the latent models and the connector known to vLLM; the entry point in ``vllm.general_plugins``.
+    """Make the latent models and the connectors known to vLLM; the entry point in ``vllm.general_plugins``.
 
-    vLLM calls it in each of its processes. Nothing changes for models that are served without `latent_options`.
+    vLLM calls it in each of its processes. Nothing changes for models that are served without `plugin_options`.
     """
     from vllm import ModelRegistry
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     for latent in ARCHITECTURES.values():
         if latent not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(latent, f"{_MODELS}:{latent}")
-    try:
-        KVConnectorFactory.get_connector_class_by_name(CONNECTOR)
-    except ValueError:
-        KVConnectorFactory.register_connector(CONNECTOR, _CONNECTOR_MODULE, CONNECTOR)
+            ModelRegistry.register_model(latent, f"{_PLUGIN}.models:{latent}")
+    for connector, module in _CONNECTORS.items():
+        try:
+            KVConnectorFactory.get_connector_class_by_name(connector)
+        except ValueError:
+            KVConnectorFactory.register_connector(connector, module, connector)

@@ -6,7 +6,7 @@
     returns them with the request's output     <-    sends them with the step's output
     takes the rows back
 
-It moves no keys or values. Beside a connector that does, list both under vLLM's ``MultiConnector``.
+It moves no keys or values; `kv_connector` does, and the two run side by side under vLLM's ``MultiConnector``.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def latent_rows(config: VllmConfig) -> int:
     transfer = config.kv_transfer_config
     extra = _connector_options(transfer) if transfer is not None else None
     if extra is None:
-        raise ConfigurationError(f"Latent steps need the KV connector {CONNECTOR}; see latent_options().")
+        raise ConfigurationError(f"Latent steps need the KV connector {CONNECTOR}; see plugin_options().")
     rows = extra.get("latent_rows", DEFAULT_ROWS)
     if type(rows) is not int or rows <= MAX_STEPS:
         raise ConfigurationError(f"latent_rows must be a number above {MAX_STEPS}, not {rows!r}.")

@@ -46,7 +46,7 @@ def memory_of(instance_id: str) -> LatentMemory:
     """
     model = _models.get(instance_id)
     if model is None:
-        raise ConfigurationError("The model of this vLLM cannot think; start it with latent_options().")
+        raise ConfigurationError("The model of this vLLM cannot think; start it with plugin_options(thinks_as=...).")
     return model.latent_memory
 
 

@@ -137,4 +137,4 @@ def _refuse(config: VllmConfig) -> None:
     }
     found = [problem for problem, holds in problems.items() if holds]
     if found:
-        raise ConfigurationError(f"Latent steps cannot run in this vLLM: {'; '.join(found)}. See latent_options().")
+        raise ConfigurationError(f"Latent steps cannot run in this vLLM: {'; '.join(found)}. See plugin_options().")

@@ -1,6 +1,5 @@
-"""The caller's side of latent requests: how to start vLLM for them, ask for a thought, and read it.
+"""The caller's side of latent requests: how to ask for a thought, and read it.
 
-    options = latent_options("LlamaForCausalLM")                  # for AsyncEngineArgs or LLM
     asked = ThoughtRequest(steps=20)
     params = SamplingParams(**asked.sampling_options())           # the prompt is any vLLM prompt
     thought = read_thought(output.kv_transfer_params)             # the finished RequestOutput's
@@ -12,14 +11,13 @@ Over HTTP the same options are fields of the request's body (`ThoughtRequest.htt
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, get_args
 
 from avp_agents.context import LatentMethod, LatentRecipe, Readout
-from avp_agents.errors import ConfigurationError, EngineError, NumericalError, UnsupportedModelError
+from avp_agents.errors import ConfigurationError, EngineError, NumericalError
 
 if TYPE_CHECKING:
     import torch
@@ -39,49 +37,6 @@ MAX_STEPS = 1024
 DEFAULT_ROWS = 8192
 EXTRA_POSITIONS = 3
 """Positions a latent request takes beyond prompt and steps: its answer is on its way while they are decoded."""
-
-
-def latent_options(architecture: str, *, rows: int = DEFAULT_ROWS) -> dict[str, Any]:
-    """Engine arguments under which vLLM can think; as keyword arguments of ``LLM`` or ``AsyncEngineArgs``.
-
-    Args:
-        architecture: What the model's configuration calls itself, for example ``"Qwen2ForCausalLM"``.
-        rows: Latent embeddings that can be alive at once; a request of n steps holds n + 1. Requests beyond wait.
-
-    Raises:
-        UnsupportedModelError: The plugin has no latent version of this architecture.
-    """
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{architecture} cannot think inside vLLM; {', '.join(ARCHITECTURES)} can. Think with a LatentEngine."
-        )
-    if rows <= MAX_STEPS:
-        raise ConfigurationError(f"rows must be more than {MAX_STEPS}, the steps one request may ask for, not {rows}.")
-    return {
-        "hf_overrides": {"architectures": [ARCHITECTURES[architecture]]},
-        "enable_prompt_embeds": True,
-        "logits_processors": [LOGITS_PROCESSOR],
-        "kv_transfer_config": {
-            "kv_connector": CONNECTOR,
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"latent_rows": rows},
-        },
-    }
-
-
-def latent_arguments(architecture: str, *, rows: int = DEFAULT_ROWS) -> list[str]:
-    """`latent_options` as command-line arguments of vLLM's server.
-
-    Raises:
-        UnsupportedModelError: As for `latent_options`.
-    """
-    options = latent_options(architecture, rows=rows)
-    return [
-        "--enable-prompt-embeds",
-        *("--hf-overrides", json.dumps(options["hf_overrides"])),
-        *("--logits-processors", *options["logits_processors"]),
-        *("--kv-transfer-config", json.dumps(options["kv_transfer_config"])),
-    ]
 
 
 @dataclass(frozen=True)
@@ -180,7 +135,7 @@ def read_thought(transfer_params: Mapping[str, Any] | None) -> Thought:
     """
     answer = (transfer_params or {}).get(FIELD)
     if answer is None:
-        raise EngineError("vLLM answered without a thought; start it with latent_options() or latent_arguments().")
+        raise EngineError("vLLM answered without a thought; start it with plugin_options(thinks_as=...).")
     if "tensors" not in answer:
         raise EngineError(f"vLLM did not finish the thought: {answer['error']}")
     from safetensors.torch import load
