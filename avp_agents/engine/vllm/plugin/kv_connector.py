@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,14 +170,9 @@ class StoreConnector(KVConnectorBase_V1):
         """Take the worker's blocks."""
         options = self._kv_transfer_config.kv_connector_extra_config
         store = open_store(options["store"], options.get("namespace", "default")).lower
-        fingerprint = cache(_fingerprint_of)
         model = self._vllm_config.model_config
-        self._mover = Mover(
-            store,
-            KvBlocks(self._vllm_config, kv_caches),
-            self._block_size,
-            lambda: fingerprint(model.model, model.revision),
-        )
+        fingerprint = partial(_fingerprint_of, model.model, model.revision)
+        self._mover = Mover(store, KvBlocks(self._vllm_config, kv_caches), self._block_size, fingerprint)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Begin this step's loads."""
@@ -245,6 +240,7 @@ class StoreConnector(KVConnectorBase_V1):
         )
 
 
+@cache
 def _fingerprint_of(name: str, revision: str | None) -> str:
     # the tokenizer's machinery is only needed here
     from avp_agents.engine.vllm.served_model import ModelSettings, ServedModel

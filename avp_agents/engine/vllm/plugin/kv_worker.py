@@ -45,7 +45,7 @@ class Mover:
         store: The store, shared with the engine's callers.
         blocks: The worker's.
         block_size: As vLLM's scheduler counts.
-        fingerprint: Which model this is; asked for once, in the background.
+        fingerprint: Says which model this is; called in the background.
     """
 
     def __init__(self, store: ContextStore, blocks: KvBlocks, block_size: int, fingerprint: Callable[[], str]) -> None:
