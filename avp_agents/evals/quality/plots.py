@@ -74,7 +74,9 @@ def _time(summary: Summary) -> Plot:
                 seconds = arm.seconds[who][phase]
                 axes.barh(row, seconds, 0.6, left, color=_PHASE_COLOURS[phase], hatch=hatch, edgecolor="white")
                 left += seconds
-        axes.annotate(f"{left:.1f} s", (left, row), (5, -3), textcoords="offset points", fontsize=9)
+        # the dotted line may pass where the label stands
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{left:.1f} s", (left, row), (5, -3), textcoords="offset points", fontsize=9, bbox=behind)
     entries = [*((phase, _PHASE_COLOURS[phase], "") for phase in PHASES), ("researchers", "#c8c8c8", "///")]
     _legend(figure, entries)
     caption = "Hatched: the researchers. Plain: the solver."
