@@ -31,6 +31,14 @@ def store() -> MemoryStore:
     return MemoryStore(namespace=Namespace("vllm-tests", b"k" * 32))
 
 
+@pytest.fixture(scope="module")
+def kv_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a store that vLLM and its callers share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AVP_STORE_KEY", "11" * 32)
+        yield f"file://{tmp_path_factory.mktemp('contexts')}"
+
+
 @pytest.fixture(scope="session")
 def thought(served_model: ServedModel) -> Context:
     """A prompt with three latent steps behind it."""

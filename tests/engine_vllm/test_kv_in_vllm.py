@@ -25,27 +25,20 @@ TIDES = Case("", "Explain in one sentence why this matters to sailors.")
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AVP_STORE_KEY", "11" * 32)
-        yield f"file://{tmp_path_factory.mktemp('contexts')}"
-
-
-@pytest.fixture(scope="module")
-def engine(references: list[Reference], smollm2_path: Path, url: str) -> Iterator[VllmEngine]:
+def engine(references: list[Reference], smollm2_path: Path, kv_store: str) -> Iterator[VllmEngine]:
     """With latent steps and a store; so few positions per step that a prompt is prefilled in chunks."""
     options: dict[str, Any] = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 4}
     options |= {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 48}
     with VllmEngine.from_pretrained(
-        str(smollm2_path), dtype="float32", latent_steps=True, kv_store=url, **options
+        str(smollm2_path), dtype="float32", latent_steps=True, kv_store=kv_store, **options
     ) as opened:
         yield opened
 
 
 @pytest.fixture
-def store(url: str) -> TieredStore:
+def store(kv_store: str) -> TieredStore:
     """The same store, as another process has it."""
-    return open_store(url, share_kv=True)
+    return open_store(kv_store, share_kv=True)
 
 
 def _solve(engine: VllmEngine | LatentEngine, case: Case, thought: Context) -> Generation:
@@ -188,12 +181,12 @@ def test_what_is_in_the_store_already_is_not_computed_again(
 
 
 def test_a_store_that_is_gone_costs_a_prefill(
-    engine: VllmEngine, store: TieredStore, url: str, references: list[Reference]
+    engine: VllmEngine, store: TieredStore, kv_store: str, references: list[Reference]
 ) -> None:
     """The last test of this module: nothing is left behind it."""
     reference = references[1]
     loaded = engine.resolve(store.put(reference.thought, scope="gone"))
-    shutil.rmtree(url.removeprefix("file://"))
+    shutil.rmtree(kv_store.removeprefix("file://"))
 
     answer = _solve(engine, reference.case, loaded)
 

@@ -29,14 +29,6 @@ START_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
-def kv_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a store that the server and its callers share."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AVP_STORE_KEY", "11" * 32)
-        yield f"file://{tmp_path_factory.mktemp('contexts')}"
-
-
-@pytest.fixture(scope="module")
 def engine(references: list[Reference], smollm2_path: Path, kv_store: str) -> Iterator[VllmEngine]:
     """On a server of its own; after the references, so that the two do not compute at once."""
     with socket.socket() as free:
