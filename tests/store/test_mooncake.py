@@ -13,6 +13,7 @@ import pytest
 from servers import Server, mooncake_master
 
 from avp_agents.errors import StoreUnavailableError
+from avp_agents.store import opening
 from avp_agents.store.mooncake import MooncakeStore
 from avp_agents.store.redis import RedisStore
 from avp_agents.testing import ContextStoreConformance, make_context
@@ -73,6 +74,20 @@ def test_another_process_gets_the_kv_cache(redis_url: str, master: Server) -> No
 
     assert other.stdout.split()[-1:] == [str(context.kv_len)], other.stderr[-2000:]
     store.close()
+
+
+@pytest.mark.usefixtures("_peer")
+def test_a_url_names_it(redis_url: str, master: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AVP_STORE_KEY", "22" * 32)
+    url = f"mooncake+{redis_url}?master=127.0.0.1:{master.port}&host=127.0.0.1&memory_bytes={MEMORY}"
+    store, other = opening.open_store(url), opening.open_store(url)
+
+    handle = store.put(make_context())
+
+    assert isinstance(store.lower, MooncakeStore)
+    assert_same_kv(other.get(handle), make_context())
+    store.close()
+    other.close()
 
 
 def test_without_mooncake_the_lineage_is_left(redis_url: str, tmp_path: Path) -> None:
