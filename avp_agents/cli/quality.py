@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -167,13 +168,14 @@ def _progress() -> Progress:
 def _show(summary: Summary) -> None:
     from avp_agents.evals.quality.report import p_shown, verdict
 
-    table = Table("arm", title=f"{summary.about['task']}: {summary.about['model']}")
+    table = Table(title=f"{summary.about['task']}: {summary.about['model']}")
+    table.add_column("arm", no_wrap=True)
     for column in ("right", "95 % interval", "read", "latent", "decoded", "bytes", "seconds"):
         table.add_column(column, justify="right")
     for arm in summary.arms:
         low, high = arm.interval
         table.add_row(
-            arm.name, f"{arm.right}/{arm.answers}", f"{100 * low:.0f} to {100 * high:.0f} %",
+            escape(arm.name), f"{arm.right}/{arm.answers}", f"{100 * low:.0f} to {100 * high:.0f} %",
             *(f"{arm.tokens[kind]:.0f}" for kind in ("read", "latent", "decoded")),
             f"{arm.bytes:,.0f}", f"{arm.total_seconds:.1f}",
         )  # fmt: skip
@@ -182,12 +184,14 @@ def _show(summary: Summary) -> None:
     for c in summary.comparisons:
         console.print(
             f"{c.one} / {c.other}: {c.only_one} to {c.only_other}, {p_shown(c.p_holm)}: {verdict(c)}; "
-            f"{c.same_answers} of {c.pairs} answers are equal"
+            f"{c.same_answers} of {c.pairs} answers are equal",
+            markup=False,
         )
     for speed in summary.speeds:
         console.print(
             f"{speed.text} took {speed.ratio:.1f} times as long as {speed.latent}; {speed.limit:.1f} is the limit that "
-            "the answer's own decoding sets"
+            "the answer's own decoding sets",
+            markup=False,
         )
     for ablation in summary.ablations:
-        console.print(ablation.verdict)
+        console.print(ablation.verdict, markup=False)

@@ -115,14 +115,19 @@ def test_the_report_fetches_nothing_and_escapes_answers(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("smollm2_path")
 def test_the_commands(tmp_path: Path) -> None:
-    options = ["--problems", "2", "--modes", "latent,shuffled", "--steps", "2", "--out", str(tmp_path / "run")]
+    options = ["--problems", "2", "--modes", "latent,shuffled", "--steps", "2,1", "--out", str(tmp_path / "run")]
     done = CliRunner().invoke(app, ["bench", "quality", "comprehension", *options, "--json"])
     assert done.exit_code == 0, done.stderr
-    assert [arm["name"] for arm in json.loads(done.stdout)["arms"]] == ["latent", "shuffled"]
+    assert [arm["name"] for arm in json.loads(done.stdout)["arms"]] == [
+        "latent",
+        "latent[steps=1]",
+        "shuffled",
+    ]
 
     again = CliRunner().invoke(app, ["bench", "quality", "comprehension", *options])
     assert again.exit_code == 0, again.stderr
     assert "latent / shuffled" in again.stdout
+    assert "latent[steps=1]" in again.stdout
     assert CliRunner().invoke(app, ["report", str(tmp_path / "run")]).exit_code == 0
     assert (tmp_path / "run" / "report.html").is_file()
 
