@@ -264,6 +264,11 @@ class Context:
         return 0 if kv is None else kv.length
 
     @property
+    def has_whole_kv(self) -> bool:
+        """Whether all of it is cached, but for the last token of an answer, which nobody has fed."""
+        return self.kv is not None and self.kv_len >= len(self) - 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of lineage and readout: what must be kept so that nothing is lost."""
         return sum(s.nbytes for s in self.lineage) + (self.readout.nbytes if self.readout else 0)

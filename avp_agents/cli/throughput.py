@@ -35,12 +35,11 @@ def bench_throughput(
         progress_console().status("Importing torch and vLLM") as status,
     ):
         from avp_agents.evals.throughput import Work, arms, measure
-        from avp_agents.models import resolve_model
 
         work = Work(steps, notes, tokens)
         found = [
             each
-            for arm in arms(resolve_model(model), dtype, work, max(levels), eager=eager)
+            for arm in arms(model, dtype, work, max(levels), eager=eager)
             for each in measure(arm, levels, pipelines, status.update)
         ]
     if as_json:

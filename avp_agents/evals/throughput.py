@@ -89,11 +89,11 @@ class Throughput:
     median_seconds: float
 
 
-def arms(model: str, dtype: str, work: Work, most: int, *, eager: bool) -> list[Arm]:
+def arms(model: str | None, dtype: str, work: Work, most: int, *, eager: bool) -> list[Arm]:
     """The three arms.
 
     Args:
-        model: Name or folder.
+        model: Name or folder; None is the default model.
         dtype: Of all arms.
         work: What each pipeline does.
         most: Pipelines that run at once, at most.

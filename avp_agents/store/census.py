@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from avp_agents.store.base import PruneReport
+from avp_agents.store.base import PruneReport, StoreStats
+from avp_agents.store.lookups import Lookups
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,38 @@ class Census:
             self.drop_kv(segment_id)
         self.removals.segments += self._torn
         self._torn.clear()
+
+    def release_lost(self, handle_ids: Iterable[str], is_live: Callable[[str], bool]) -> None:
+        """Forget handles that cannot be read, have expired or lack a segment, and what killed writers left.
+
+        Args:
+            handle_ids: All that are stored, readable or not.
+            is_live: Whether a handle has not expired.
+        """
+        for handle_id in handle_ids:
+            if handle_id not in self.handles:
+                self.removals.handles.append(handle_id)
+            elif not is_live(handle_id) or not self.is_whole(handle_id):
+                self.release(handle_id)
+        self.release_orphans()
+
+    def stats(
+        self, lookups: Lookups, *, byte_budget: int | None, evictions: int, integrity_failures: int
+    ) -> StoreStats:
+        """What the store holds, with what only it has counted."""
+        hits, misses = lookups.counts()
+        return StoreStats(
+            contexts=len(self.handles),
+            segments=len(self.lineage),
+            pinned=sum(handle.pinned for handle in self.handles.values()),
+            lineage_bytes=sum(self.lineage.values()),
+            kv_bytes=sum(self.kv.values()),
+            byte_budget=byte_budget,
+            hits=hits,
+            misses=misses,
+            evictions=evictions,
+            integrity_failures=integrity_failures,
+        )
 
     def drop_kv(self, segment_id: str) -> None:
         """Forget a segment's KV file, if it has one."""

@@ -100,9 +100,7 @@ class DiskStore(ContextStore):
         """See `ContextStore.get`. A KV-cache that lies in one file is memory-mapped, not copied."""
         handle_id = id_of_handle(handle)
         record = self._live(handle_id)
-        known = record is not None and (
-            scope is None or self.namespace.is_of(record.handle.id, record.recipe_id, scope)
-        )
+        known = record is not None and self.namespace.is_of(record.handle.id, record.recipe_id, scope)
         chain = self._chain(record) if record is not None and known else None
         self._lookups.count(hit=chain is not None)
         if record is None or chain is None:
@@ -204,7 +202,7 @@ class DiskStore(ContextStore):
     def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
         """See `ContextStore.list`."""
         records = [r for handle_id in self._folder.handle_ids() if (r := self._live(handle_id)) is not None]
-        records = [r for r in records if scope is None or self.namespace.is_of(r.handle.id, r.recipe_id, scope)]
+        records = [r for r in records if self.namespace.is_of(r.handle.id, r.recipe_id, scope)]
         return [record.handle for record in sorted(records, key=lambda record: record.stored)]
 
     @_disk_errors()
@@ -213,12 +211,7 @@ class DiskStore(ContextStore):
         with self._folder.kv_lock(), self._folder.lock():
             self._folder.remove_temporaries()
             census = self._folder.census()
-            for handle_id in self._folder.handle_ids():
-                if handle_id not in census.handles:
-                    census.removals.handles.append(handle_id)
-                elif self._live(handle_id) is None or not census.is_whole(handle_id):
-                    census.release(handle_id)
-            census.release_orphans()
+            census.release_lost(self._folder.handle_ids(), lambda handle_id: self._live(handle_id) is not None)
             self._budget.keep(census)
             self._budget.apply(census)
         return census.removals.report()
@@ -227,16 +220,9 @@ class DiskStore(ContextStore):
     def stats(self) -> StoreStats:
         """See `ContextStore.stats`. Bytes are those of the files."""
         census = self._folder.census()
-        hits, misses = self._lookups.counts()
-        return StoreStats(
-            contexts=len(census.handles),
-            segments=len(census.lineage),
-            pinned=sum(handle.pinned for handle in census.handles.values()),
-            lineage_bytes=sum(census.lineage.values()),
-            kv_bytes=sum(census.kv.values()),
+        return census.stats(
+            self._lookups,
             byte_budget=self.byte_budget,
-            hits=hits,
-            misses=misses,
             evictions=self._budget.evictions,
             integrity_failures=self._folder.integrity_failures,
         )

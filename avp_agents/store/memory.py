@@ -105,9 +105,7 @@ class MemoryStore(ContextStore):
         handle_id = id_of_handle(handle)
         with self._lock:
             entry = self._live(handle_id)
-            if entry is None or (
-                scope is not None and not self.namespace.is_of(entry.handle.id, entry.recipe_id, scope)
-            ):
+            if entry is None or not self.namespace.is_of(entry.handle.id, entry.recipe_id, scope):
                 self._misses += 1
                 raise ContextLostError(f"{handle_id} is not in memory (for this namespace and scope), or no longer.")
             self._hits += 1
@@ -192,11 +190,7 @@ class MemoryStore(ContextStore):
         """See `ContextStore.list`."""
         with self._lock:
             entries = [entry for entry in self._entries.values() if not self._has_expired(entry)]
-            entries = [
-                entry
-                for entry in entries
-                if scope is None or self.namespace.is_of(entry.handle.id, entry.recipe_id, scope)
-            ]
+            entries = [e for e in entries if self.namespace.is_of(e.handle.id, e.recipe_id, scope)]
             return [entry.handle for entry in sorted(entries, key=lambda entry: entry.stored)]
 
     def prune(self) -> PruneReport:

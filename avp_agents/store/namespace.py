@@ -83,9 +83,9 @@ class Namespace:
         """The names of the records of a lineage's segments."""
         return [self.segment_id(recipe_id) for recipe_id in recipe_ids]
 
-    def is_of(self, handle_id: str, recipe_id: str, scope: str) -> bool:
-        """Whether a handle of a recipe was minted for `scope`."""
-        return self.handle_id(recipe_id, scope) == handle_id
+    def is_of(self, handle_id: str, recipe_id: str, scope: str | None) -> bool:
+        """Whether a handle of a recipe was minted for `scope`; None asks no question."""
+        return scope is None or self.handle_id(recipe_id, scope) == handle_id
 
     def mac(self, label: str) -> hashlib.blake2b:
         """A running MAC for the record called `label`; feed it the content, its digest has `MAC_BYTES` bytes."""

@@ -120,9 +120,7 @@ class SharedStore(ContextStore):
         """See `ContextStore.get`."""
         handle_id = id_of_handle(handle)
         record = self._live(handle_id)
-        known = record is not None and (
-            scope is None or self.namespace.is_of(record.handle.id, record.recipe_id, scope)
-        )
+        known = record is not None and self.namespace.is_of(record.handle.id, record.recipe_id, scope)
         chain = self._chain(record) if record is not None and known else None
         self._lookups.count(hit=chain is not None)
         if record is None or chain is None:
@@ -211,9 +209,7 @@ class SharedStore(ContextStore):
 
     def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
         """See `ContextStore.list`."""
-        records = [
-            r for r in self._all_live() if scope is None or self.namespace.is_of(r.handle.id, r.recipe_id, scope)
-        ]
+        records = [r for r in self._all_live() if self.namespace.is_of(r.handle.id, r.recipe_id, scope)]
         return [record.handle for record in sorted(records, key=lambda record: record.stored)]
 
     def prune(self) -> PruneReport:
@@ -222,12 +218,7 @@ class SharedStore(ContextStore):
             self._records.remove_abandoned()
             census = self._records.census()
             live = {record.handle.id for record in self._all_live()}
-            for handle_id in self._records.handle_ids():
-                if handle_id not in census.handles:
-                    census.removals.handles.append(handle_id)
-                elif handle_id not in live or not census.is_whole(handle_id):
-                    census.release(handle_id)
-            census.release_orphans()
+            census.release_lost(self._records.handle_ids(), live.__contains__)
             self._budget.keep(census)
             self._budget.apply(census)
         return census.removals.report()
@@ -235,16 +226,9 @@ class SharedStore(ContextStore):
     def stats(self) -> StoreStats:
         """See `ContextStore.stats`. Bytes are those that are stored."""
         census = self._records.census()
-        hits, misses = self._lookups.counts()
-        return StoreStats(
-            contexts=len(census.handles),
-            segments=len(census.lineage),
-            pinned=sum(handle.pinned for handle in census.handles.values()),
-            lineage_bytes=sum(census.lineage.values()),
-            kv_bytes=sum(census.kv.values()),
+        return census.stats(
+            self._lookups,
             byte_budget=self.byte_budget,
-            hits=hits,
-            misses=misses,
             evictions=self._budget.evictions,
             integrity_failures=self._records.integrity_failures,
         )

@@ -227,9 +227,7 @@ class TieredStore(ContextStore):
             stored = self.lower.get(handle_id, scope=scope)
             self._keep_above(stored)
             return stored
-        # an answer's last token has no keys and values until somebody feeds it
-        complete = _kv_length(context) >= len(context) - 1
-        return context if complete else self._with_stored_kv(context, handle_id, scope)
+        return context if context.has_whole_kv else self._with_stored_kv(context, handle_id, scope)
 
     def _with_stored_kv(self, context: Context, handle_id: str, scope: str | None) -> Context:
         """A context of the upper tier with the KV-cache that the lower one has of it, if that has more."""
@@ -237,7 +235,7 @@ class TieredStore(ContextStore):
             stored = self.lower.get(handle_id, scope=scope)
         except ContextLostError:
             return context
-        if _kv_length(stored) <= _kv_length(context) or not same_values(stored, context):
+        if stored.kv_len <= context.kv_len or not same_values(stored, context):
             return context
         self._keep_above(stored)
         return stored
@@ -296,7 +294,3 @@ class TieredStore(ContextStore):
             self.lower.add_kv(context)
         except StoreError as error:
             log.warning("An evicted KV-cache was not kept (its lineage is): %s", error)
-
-
-def _kv_length(context: Context) -> int:
-    return context.kv.length if context.kv is not None else 0

@@ -215,12 +215,12 @@ class VllmEngine(QueuedEngine):
         latest = time.monotonic() + timeout
         # where the store had the context already, its latent values may be another run's
         stored = self.store.get(context.to_handle())
-        if _has_kv(stored):
+        if stored.has_whole_kv:
             return stored
         queue, build = self._started(), self._builder().saving
         operation = start_operation("save", self.model_path)
         wait_for_context(queue, lambda deliver: build(stored, timeout, deliver), operation)
-        while not _has_kv(stored := self.store.get(stored.to_handle())):
+        while not (stored := self.store.get(stored.to_handle())).has_whole_kv:
             if time.monotonic() > latest:
                 raise RequestTimeoutError(f"The store got no keys and values within {timeout:g} s; see vLLM's log.")
             time.sleep(_LOOK_AGAIN_SECONDS)
@@ -274,14 +274,6 @@ class _Runtime:
                 worker = Worker(self._backend)
                 self._running = worker, RequestBuilder(self._model, worker.facts, loads_kv=self._loads_kv)
             return self._running
-
-
-def _has_kv(context: Context) -> bool:
-    """Whether its keys and values are there, and not only those of a context that it goes on from.
-
-    A LatentEngine's answer is without those of its last token, which nobody has fed.
-    """
-    return context.kv is not None and context.kv.length >= len(context) - 1
 
 
 def _stores(store: ContextStore | None, kv_store: str | None) -> tuple[ContextStore, tuple[str, str] | None]:

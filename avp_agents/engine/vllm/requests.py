@@ -110,8 +110,7 @@ class RequestBuilder:
             )
         joined = Joiner(self._model.renderer.whole_turns).join(contexts, strategy)
         context = Context(*self._identity, joined.lineage)
-        if len(context) >= self._facts.window:
-            raise ContextWindowError(window=self._facts.window, context=len(context), prompt=0, requested=1)
+        self._check_fits(context)
         mode: HandoffMode = "text" if joined.strategy == "text" else "replay"
         alone = "one context: nothing to join"
         reason = f"{joined.contexts} contexts joined by {joined.strategy}" if joined.strategy else alone
@@ -135,9 +134,12 @@ class RequestBuilder:
     def _replayable(self, context: Context) -> Context:
         context = self._cast(context)
         self.check_receivable(context)
+        self._check_fits(context)
+        return context
+
+    def _check_fits(self, context: Context) -> None:
         if len(context) >= self._facts.window:
             raise ContextWindowError(window=self._facts.window, context=len(context), prompt=0, requested=1)
-        return context
 
     def _stored_kv(self, base: Context | None) -> KvRequest | None:
         """What vLLM can load of a context: what the store it came from has, which is the one that vLLM reads."""

@@ -76,6 +76,10 @@ class _Asking:
     loaded: int = 0
     refused: str | None = None
 
+    def stop(self, request: Request) -> int:
+        """Where the load ends: the last position of a prompt is always computed, since its logits are needed."""
+        return min(self.asked.positions, request.num_prompt_tokens - 1)
+
 
 class StoreConnector(KVConnectorBase_V1):
     """Loads and saves for requests that ask for it; see the module.
@@ -125,8 +129,7 @@ class StoreConnector(KVConnectorBase_V1):
         asking = self._asking.get(request.request_id)
         if asking is None or asking.asked.load is None or asking.refused is not None:
             return 0, False
-        # the last position of a prompt is always computed, since its logits are needed
-        positions = min(asking.asked.positions, request.num_prompt_tokens - 1) - num_computed_tokens
+        positions = asking.stop(request) - num_computed_tokens
         return (positions, True) if positions > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
@@ -134,7 +137,7 @@ class StoreConnector(KVConnectorBase_V1):
         asking = self._asking.get(request.request_id)
         if asking is None or not num_external_tokens:
             return
-        stop = min(asking.asked.positions, request.num_prompt_tokens - 1)
+        stop = asking.stop(request)
         asking.loaded = num_external_tokens
         move = self._move(request, asking, blocks.get_block_ids()[0], stop - num_external_tokens, stop)
         self._moves.loads.append(move)

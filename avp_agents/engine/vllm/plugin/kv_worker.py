@@ -111,7 +111,7 @@ class Mover:
                 log.warning("Keys and values of %s were not kept: the context is gone.", move.handle_id)
         except AvpError as error:
             log.warning("Keys and values of %s were not kept: %s", move.handle_id, error)
-        except Exception:
+        except Exception:  # nobody waits for the outcome, so this is where it is told
             log.exception("Keeping keys and values of %s failed", move.handle_id)
 
     def _stored(self, move: Move) -> Context:
