@@ -19,6 +19,13 @@ ONE, OTHER = "avp:1:" + "a" * 32, "avp:1:" + "b" * 32
 LATENTS = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
 LINEAGE: tuple[Segment, ...] = (TokenSegment((5, 6, 7)), LatentSegment(LATENTS, RECIPE), TokenSegment((8, 9)))
 
+EMBEDDINGS = torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+def embed(token_ids: tuple[int, ...]) -> torch.Tensor:
+    """The model's input embeddings."""
+    return EMBEDDINGS[list(token_ids)]
+
 
 def _start(lineage: tuple[Segment, ...], length: int | None = None) -> PromptStart:
     """A prompt as vLLM has it once it was sent there."""
@@ -65,15 +72,15 @@ def test_contexts_that_are_loaded_have_salts_of_their_own() -> None:
 
 
 def test_a_prompt_begins_with_the_context_it_was_made_of() -> None:
-    assert _start(LINEAGE).begins(LINEAGE)
-    assert _start(LINEAGE[:1]).begins(LINEAGE)
-    assert _start(LINEAGE, length=4).begins(LINEAGE)
-    assert _start((*LINEAGE, TokenSegment((10, 11))), length=8).begins(LINEAGE)
+    assert _start(LINEAGE).begins(LINEAGE, embed)
+    assert _start(LINEAGE[:1]).begins(LINEAGE, embed)
+    assert _start(LINEAGE, length=4).begins(LINEAGE, embed)
+    assert _start((*LINEAGE, TokenSegment((10, 11))), length=8).begins(LINEAGE, embed)
 
 
 def test_where_the_context_was_cut_into_segments_does_not_matter() -> None:
     cut = (TokenSegment((5,)), TokenSegment((6, 7)), *LINEAGE[1:])
-    assert _start(LINEAGE).begins(cut)
+    assert _start(LINEAGE).begins(cut, embed)
 
 
 @pytest.mark.parametrize(
@@ -89,21 +96,25 @@ def test_where_the_context_was_cut_into_segments_does_not_matter() -> None:
     ids=["token", "last token", "latents", "no latents", "fewer latents", "shorter"],
 )
 def test_another_context_is_told_apart(lineage: tuple[Segment, ...]) -> None:
-    assert not _start(LINEAGE).begins(lineage)
+    assert not _start(LINEAGE).begins(lineage, embed)
 
 
-def test_a_token_that_was_sent_as_its_embedding_is_not_recognised() -> None:
-    """Over HTTP, text that a tokenizer would cut otherwise is sent as input embeddings: that is prefilled."""
+def test_a_token_that_was_sent_as_its_embedding_is_recognised_by_it() -> None:
+    """Over HTTP, text that a tokenizer would cut otherwise is sent as input embeddings."""
     rows = torch.zeros(8, HIDDEN)
     rows[3:6] = LATENTS
-    mask = [True, True, True, False, False, False, True, True]
-    assert PromptStart.of([5, 6, 7, 0, 0, 0, 8, 9], mask, rows, 8).begins(LINEAGE)
+    rows[1] = EMBEDDINGS[6]
+    ids, mask = [5, 0, 7, 0, 0, 0, 8, 9], [True, False, True, False, False, False, True, True]
+    sent = PromptStart.of(ids, mask, rows, 8)
 
-    assert not PromptStart.of([5, 0, 7, 0, 0, 0, 8, 9], [True, False, *mask[2:]], rows, 8).begins(LINEAGE)
+    assert sent.begins(LINEAGE, embed)
+    assert not sent.begins((TokenSegment((5, 8, 7)), *LINEAGE[1:]), embed)
+    rows[1] = 0
+    assert not PromptStart.of(ids, mask, rows, 8).begins(LINEAGE, embed)
 
 
 def test_a_context_without_latents_is_told_by_its_tokens() -> None:
     text = Context(FINGERPRINT, "float32", (TokenSegment((5, 6, 7)),))
 
-    assert _start(text.lineage).begins(text.lineage)
-    assert not _start(text.lineage).begins((TokenSegment((5, 6, 8)),))
+    assert _start(text.lineage).begins(text.lineage, embed)
+    assert not _start(text.lineage).begins((TokenSegment((5, 6, 8)),), embed)

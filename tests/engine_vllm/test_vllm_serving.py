@@ -108,6 +108,8 @@ def test_tokens_that_no_text_becomes_are_sent_all_the_same(
     ours, theirs = (each.generate("Go on.", context=context, max_tokens=12) for each in (engine, latent_engine))
 
     assert ours.token_ids == theirs.token_ids
+    engine.store.put(context)
+    assert engine.save_kv(context).kv_len == len(context)
 
 
 async def test_sixteen_pipelines_at_once_do_not_mix(engine: VllmEngine, references: list[Reference]) -> None:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from avp_agents.engine.vllm.served_model import ServedModel
+
 log = logging.getLogger(__name__)
 
 _COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -174,8 +176,8 @@ class StoreConnector(KVConnectorBase_V1):
         options = self._kv_transfer_config.kv_connector_extra_config
         store = open_store(options["store"], options.get("namespace", "default")).lower
         model = self._vllm_config.model_config
-        fingerprint = partial(_fingerprint_of, model.model, model.revision)
-        self._mover = Mover(store, KvBlocks(self._vllm_config, kv_caches), self._block_size, fingerprint)
+        served = partial(_served_model, model.model, model.revision)
+        self._mover = Mover(store, KvBlocks(self._vllm_config, kv_caches), self._block_size, served)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Begin this step's loads."""
@@ -244,8 +246,8 @@ class StoreConnector(KVConnectorBase_V1):
 
 
 @cache
-def _fingerprint_of(name: str, revision: str | None) -> str:
+def _served_model(name: str, revision: str | None) -> ServedModel:
     # the tokenizer's machinery is only needed here
     from avp_agents.engine.vllm.served_model import ModelSettings, ServedModel
 
-    return ServedModel(ModelSettings(name, {"revision": revision} if revision else {})).fingerprint
+    return ServedModel(ModelSettings(name, {"revision": revision} if revision else {}))

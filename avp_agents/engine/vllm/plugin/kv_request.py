@@ -7,7 +7,7 @@ with the salt in ``cache_salt``. Needs no vLLM.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +105,13 @@ class PromptStart:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def begins(self, lineage: Sequence[Segment]) -> bool:
+    def begins(self, lineage: Sequence[Segment], embed: Callable[[tuple[int, ...]], torch.Tensor]) -> bool:
         """Whether a lineage begins with these positions.
 
-        A token whose input embedding was sent in its place (`content_parts`) is not recognised.
+        Args:
+            lineage: A context's.
+            embed: The model's input embeddings ``[n, hidden]`` of token ids. Over HTTP, a token may have been sent as
+                its own (`content_parts`).
         """
         ids: list[int | None] = []
         latents: list[torch.Tensor] = []
@@ -119,13 +122,29 @@ class PromptStart:
             if isinstance(segment, TokenSegment):
                 ids += segment.token_ids[:room]
             elif isinstance(segment, LatentSegment):
-                latents.append(segment.embeddings[:room])
-                ids += [None] * len(latents[-1])
+                latents += segment.embeddings[:room]
+                ids += [None] * min(room, len(segment))
             else:
                 return False
-        stated = [id_ if counts else None for id_, counts in zip(self.token_ids, self.is_token, strict=True)]
-        if ids != stated:
+        if len(ids) < len(self):
             return False
-        if self.embeddings is None:
-            return not latents
-        return torch.equal(self.embeddings, torch.cat(latents).to(self.embeddings.dtype))
+        if any(
+            counts and own != stated for own, stated, counts in zip(ids, self.token_ids, self.is_token, strict=True)
+        ):
+            return False
+        embedded = [own for own, counts in zip(ids, self.is_token, strict=True) if not counts]
+        return self._holds(embedded, latents, embed)
+
+    def _holds(
+        self,
+        embedded: Sequence[int | None],
+        latents: Sequence[torch.Tensor],
+        embed: Callable[[tuple[int, ...]], torch.Tensor],
+    ) -> bool:
+        """Whether the embeddings are those of these tokens, and where there is none (None), the latents in order."""
+        if self.embeddings is None or not embedded:
+            return not embedded
+        tokens = tuple(own for own in embedded if own is not None)
+        of_tokens, of_latents = iter(embed(tokens) if tokens else ()), iter(latents)
+        rows = [next(of_latents if own is None else of_tokens) for own in embedded]
+        return torch.equal(self.embeddings, torch.stack(rows).to(self.embeddings.dtype))

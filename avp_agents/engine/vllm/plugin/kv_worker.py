@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from avp_agents.context import Context
 from avp_agents.engine.vllm.plugin.kv_blocks import KvBlocks
@@ -13,6 +14,9 @@ from avp_agents.engine.vllm.plugin.kv_request import PromptStart
 from avp_agents.errors import AvpError, ContextLostError, FingerprintMismatchError, IntegrityError
 from avp_agents.kv_cache import HostKv
 from avp_agents.store import ContextStore
+
+if TYPE_CHECKING:
+    from avp_agents.engine.vllm.served_model import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +49,14 @@ class Mover:
         store: The store, shared with the engine's callers.
         blocks: The worker's.
         block_size: As vLLM's scheduler counts.
-        fingerprint: Says which model this is; called in the background.
+        model: Says which model this is; called in the background.
     """
 
-    def __init__(self, store: ContextStore, blocks: KvBlocks, block_size: int, fingerprint: Callable[[], str]) -> None:
+    def __init__(
+        self, store: ContextStore, blocks: KvBlocks, block_size: int, model: Callable[[], ServedModel]
+    ) -> None:
         self._store, self._blocks, self._block_size = store, blocks, block_size
-        self._fingerprint = fingerprint
+        self._model = model
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="avp-kv")
         self._loading: dict[str, tuple[Move, Future[HostKv]]] = {}
 
@@ -120,10 +126,10 @@ class Mover:
         Raises:
             FingerprintMismatchError, IntegrityError: It is another model's, or another prompt's.
         """
-        context = self._store.get(move.handle_id)
+        context, model = self._store.get(move.handle_id), self._model()
         dtype = str(self._blocks.dtype).removeprefix("torch.")
-        if (context.fingerprint, context.dtype) != (self._fingerprint(), dtype):
+        if (context.fingerprint, context.dtype) != (model.fingerprint, dtype):
             raise FingerprintMismatchError("The context is another model's, or in another dtype.")
-        if not move.prompt.begins(context.lineage):
+        if not move.prompt.begins(context.lineage, lambda ids: model.embeddings_of(ids, self._blocks.dtype)):
             raise IntegrityError("The request's prompt is not the context that it names.")
         return context
