@@ -59,7 +59,7 @@ def bench_quality(
     ] = "replay",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Answers worked on at once; 1 to compare seconds.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Answers worked on at once; 1 to compare seconds.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run that is there is resumed.")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Run generated code without a sandbox.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -94,11 +94,12 @@ def bench_quality(
             check_sandbox()
         items = chosen.load(data, problems)
         with progress_console().status("Loading the model"):
-            engine = _engine(opened, model, dtype, device)
-            other = _engine(opened, source, dtype, device) if source is not None else None
+            engine = _engine(opened, model, dtype, device, concurrency)
+            other = _engine(opened, source, dtype, device, concurrency) if source is not None else None
             about = {
                 "task": task, "model": Path(engine.model_path).name, "fingerprint": engine.fingerprint,
                 "dtype": engine.dtype, "device": str(engine.device), "temperature": temperature,
+                "concurrency": concurrency,
                 "source": Path(other.model_path).name if other is not None else None,
                 "source_fingerprint": other.fingerprint if other is not None else None,
             }  # fmt: skip
@@ -127,14 +128,15 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run of `avp-age
     result_console().print(f"Written: {write_report(run)}", soft_wrap=True)
 
 
-def _engine(opened: ExitStack, model: str | None, dtype: str, device: str | None) -> LatentEngine:
+def _engine(opened: ExitStack, model: str | None, dtype: str, device: str | None, concurrency: int) -> LatentEngine:
     from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.store import MemoryStore
 
     # batch-invariant, so that an answer does not depend on which others are worked on beside it
-    return opened.enter_context(
-        LatentEngine.from_pretrained(model, dtype=dtype, device=device, store=MemoryStore(), batch_invariant=True)
+    engine = LatentEngine.from_pretrained(
+        model, dtype=dtype, device=device, store=MemoryStore(), batch_invariant=True, max_batch=concurrency
     )
+    return opened.enter_context(engine)
 
 
 def _names(text: str) -> list[str]:

@@ -89,7 +89,8 @@ class LatentEngine(QueuedEngine):
                 runs it fast.
             store: Where handles are resolved and evicted KV-caches go; by default memory over disk in the user's
                 cache folder.
-            batch_invariant: Results are bit-equal alone and in company, for some speed.
+            batch_invariant: Results are bit-equal alone and in company (of engines with the same `max_batch`). Every
+                step is then computed in the shape of `max_batch` rows, so choose that as large as the company is.
             kv_pool_bytes: Size of the KV pool; by default 2 GiB on a CPU, 60 % of the free memory on an accelerator.
             max_batch: Most sequences that run at once.
             max_queue: Most requests that wait; beyond it `EngineBusyError`.

@@ -185,7 +185,8 @@ class ModelRuntime:
         pool = KvPool(loaded.shapes, self._pool_positions(loaded), self._offload)
         verify_exactness(loaded, pool)
         captured = self._captured(loaded, pool)
-        runner = Runner(loaded, pool, batch_invariant=self._settings.batch_invariant, captured=captured)
+        rows = self._settings.max_batch if self._settings.batch_invariant else None
+        runner = Runner(loaded, pool, invariant_rows=rows, captured=captured)
         return Machinery(loaded, pool, runner, latent_step, KeyRotation(loaded, pool))
 
     def _captured(self, loaded: LoadedModel, pool: KvPool) -> CapturedStep | None:

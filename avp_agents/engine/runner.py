@@ -14,7 +14,6 @@ from avp_agents.engine.layout import Layout, Row
 from avp_agents.engine.loading import Forward, LoadedModel
 from avp_agents.engine.prefill import Span, extended, frame_length
 
-INVARIANT_ROWS = 8
 INVARIANT_CHUNK = 64
 
 
@@ -65,13 +64,14 @@ class Runner:
     Args:
         loaded: The model.
         pool: Its KV memory.
-        batch_invariant: Give every row the same shapes and sums alone as in company: single positions run in buckets
-            of `INVARIANT_ROWS` rows, prompts alone in chunks of `INVARIANT_CHUNK` positions.
+        invariant_rows: Give every row the same shapes and sums alone as in company: single positions run in passes of
+            this many rows, as many as ever run at once, and prompts alone in chunks of `INVARIANT_CHUNK` positions.
+            None lets shapes follow the company.
         captured: Runs single positions as one captured step; None runs everything eagerly.
     """
 
     def __init__(
-        self, loaded: LoadedModel, pool: KvPool, *, batch_invariant: bool, captured: CapturedStep | None
+        self, loaded: LoadedModel, pool: KvPool, *, invariant_rows: int | None, captured: CapturedStep | None
     ) -> None:
         self._embed = loaded.vocabulary.embed
         self._device = loaded.device
@@ -80,12 +80,12 @@ class Runner:
         self._pool = pool
         self._cache = PoolCache(pool)
         self._forward = Forward(loaded.model)
-        self._batch_invariant = batch_invariant
+        self._invariant_rows = invariant_rows
         self._captured = captured
 
     def run(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
         """Run all pieces; one output each, in order."""
-        if self._batch_invariant:
+        if self._invariant_rows is not None:
             return self._run_invariant(pieces)
         if self._captured is not None and len(pieces) > 1:
             singles = [i for i, piece in enumerate(pieces) if piece.is_step]
@@ -96,9 +96,8 @@ class Runner:
 
     def _run_invariant(self, pieces: Sequence[Piece]) -> list[PieceOutput]:
         singles = [i for i, piece in enumerate(pieces) if piece.is_step]
-        buckets = [singles[i : i + INVARIANT_ROWS] for i in range(0, len(singles), INVARIANT_ROWS)]
         alone = [[i] for i, piece in enumerate(pieces) if not piece.is_step]
-        return self._run_groups(pieces, buckets + alone)
+        return self._run_groups(pieces, [singles, *alone] if singles else alone)
 
     def _run_groups(self, pieces: Sequence[Piece], groups: list[list[int]]) -> list[PieceOutput]:
         outputs: dict[int, PieceOutput] = {}
@@ -127,15 +126,15 @@ class Runner:
         ]
 
     def _padded_size(self, total: int, steps: bool) -> int:
-        if not self._batch_invariant:
+        if self._invariant_rows is None:
             return total
-        return INVARIANT_ROWS if steps else INVARIANT_CHUNK
+        return self._invariant_rows if steps else INVARIANT_CHUNK
 
     def _logits_at(self, wanted: list[int], size: int, singles: bool) -> torch.Tensor | None:
-        """Positions that need logits; in a batch-invariant bucket the head too always sees the same number of rows."""
+        """Positions that need logits; in a batch-invariant pass the head too always sees the same number of rows."""
         if not wanted:
             return None
-        if self._batch_invariant and singles:
+        if self._invariant_rows is not None and singles:
             wanted = wanted + [wanted[-1]] * (size - len(wanted))
         return torch.tensor(wanted, device=self._device)
 
@@ -169,7 +168,6 @@ class Runner:
         padding = size - len(slots)
         slots.extend([self._pool.scratch] * padding)
         positions.extend([0] * padding)
-        return (
-            Layout(slots=torch.tensor(slots, device=self._device), rows=tuple(rows), realign=self._batch_invariant),
-            torch.tensor(positions, device=self._device),
-        )
+        where = torch.tensor(slots, device=self._device)
+        layout = Layout(slots=where, rows=tuple(rows), realign=self._invariant_rows is not None)
+        return layout, torch.tensor(positions, device=self._device)

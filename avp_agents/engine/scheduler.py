@@ -85,7 +85,7 @@ class Scheduler:
         max_batch: Most sequences that run at once.
         max_queue: Most that wait.
         prefill_budget: Most prompt positions per round, so that long prompts do not stall decoding.
-        batch_invariant: See `Runner`.
+        batch_invariant: Prompts run in whole chunks, see `Runner`.
 
     Raises:
         AvpError: Whatever `load` raises.
