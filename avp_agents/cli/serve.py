@@ -48,7 +48,11 @@ def serve(
         typer.Option(min=1, help="MiB for KV-caches. Default: 2048 on a CPU, 60 % of an accelerator's free memory."),
     ] = None,
     batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="Answers do not depend on what else is computed; a step costs that of --max-batch.")
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="Answers do not depend on what else is computed; a step costs that of --max-batch.",
+        ),
     ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Most requests at a time, per namespace.")] = 64,
     rate: Annotated[float | None, typer.Option(help="Most requests a second, per namespace.")] = None,
