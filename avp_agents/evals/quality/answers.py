@@ -9,6 +9,7 @@ from fractions import Fraction
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_UNIT = re.compile(r"(\d)\s+[A-Za-z]{2,}(?:\s+[A-Za-z]+)*\.?\s*$")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
@@ -37,22 +38,24 @@ def _balanced(text: str) -> str:
 
 
 def numbers_equal(one: str, other: str) -> bool:
-    """Whether two answers are the same number, or where one is none, the same text but for spaces."""
-    first, second = _number(one), _number(other)
-    if first is not None and second is not None:
-        return first == second
+    """Whether two answers are the same number, or where one is none, the same text but for spaces.
+
+    A percentage may stand for its number as well as for its share: references write 50 % as ``50`` and as ``1/2``.
+    """
+    first, second = _readings(one), _readings(other)
+    if first and second:
+        return bool(first & second)
     return bool(one.strip()) and _plain(one) == _plain(other)
 
 
-def _number(text: str) -> Fraction | None:
-    """``72``, ``72.00``, ``1,200``, ``$5``, ``50\\%``, ``1/2`` and ``\\frac{1}{2}`` as numbers."""
-    plain = _FRACTION.sub(r"\1/\2", _plain(text)).rstrip(".")
-    percent = plain.endswith("%")
+def _readings(text: str) -> set[Fraction]:
+    """``72``, ``72.00``, ``1,200``, ``$5``, ``5 hours``, ``50\\%``, ``1/2`` and ``\\frac{1}{2}`` as numbers."""
+    plain = _FRACTION.sub(r"\1/\2", _plain(_UNIT.sub(r"\1", text))).rstrip(".")
     try:
         number = Fraction(plain.rstrip("%"))
     except (ValueError, ZeroDivisionError):
-        return None
-    return number / 100 if percent else number
+        return set()
+    return {number, number / 100} if plain.endswith("%") else {number}
 
 
 def _plain(text: str) -> str:

@@ -83,7 +83,7 @@ class Arm:
 
     @property
     def latent_steps(self) -> int:
-        """Steps that its researchers run; None in the prefill control."""
+        """Steps that its researchers run: 0 in the prefill control."""
         return 0 if self.mode == "prefill" else self.steps
 
     @property
