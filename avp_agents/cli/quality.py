@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -170,10 +171,12 @@ def _progress() -> Progress:
 def _show(summary: Summary) -> None:
     from avp_agents.evals.quality.report import p_shown, verdict
 
-    table = Table(title=f"{summary.about['task']}: {summary.about['model']}")
-    table.add_column("arm", no_wrap=True)
-    for column in ("right", "95 % interval", "read", "latent", "decoded", "bytes", "seconds"):
-        table.add_column(column, justify="right")
+    title = f"{summary.about['task']}: {summary.about['model']}"
+    # narrow enough for 80 columns; where an arm's name is long, it is the name that wraps
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold")
+    for column in ("right", "95 %", "read", "latent", "decoded", "bytes", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for arm in summary.arms:
         low, high = arm.interval
         table.add_row(
