@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from avp_agents.context import Context
-from avp_agents.engine.base import GenerateOptions, Prompt
+from avp_agents.engine.base import GenerateOptions, JoinStrategy, Prompt
 from avp_agents.engine.latent_engine import LatentEngine
 from avp_agents.errors import ConfigurationError
 from avp_agents.evals.quality.arms import Arm
 from avp_agents.evals.quality.tasks import Item, Task
 from avp_agents.evals.quality.teams import TEAMS, Team
 from avp_agents.evals.quality.thoughts import Once
+from avp_agents.projection.thought import TELL
 from avp_agents.protocol import decode_context, encode_context, open_frame
 from avp_agents.store import MemoryStore
 from avp_agents.usage import Handoff, Usage
@@ -64,7 +65,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Thought:
-    """What researchers hand over: one context, or to another model several."""
+    """What researchers hand over: one context, none where they were asked for words and had none.
+
+    Those of parallel researchers are joined, or projected one by one.
+    """
 
     contexts: tuple[Context, ...]
     stages: tuple[Stage, ...]
@@ -108,10 +112,10 @@ class Bench:
         return self._on_context(arm, item, other if arm.mode == "shuffled" else item, seed)
 
     def _on_context(self, arm: Arm, item: Item, about: Item, seed: int) -> Answer:
-        thought = self._thought(self.engine, arm, about)
-        (context,) = thought.contexts
+        thought = self._thought(self.engine, arm, about, seed)
+        context = thought.contexts[0] if thought.contexts else None
         prompt: Prompt = [] if arm.turn == "same" else self._asked(item)
-        if arm.kv == "exact":
+        if arm.kv == "exact" or context is None:
             return self._solved(prompt, context, thought.stages, seed)
         received, size = self._through_int8_frame(context)
         made = self._solved(prompt, received, thought.stages, seed, self._receiver)
@@ -119,7 +123,7 @@ class Bench:
 
     def _on_projection(self, arm: Arm, item: Item, seed: int) -> Answer:
         source = self._other_model(arm)
-        made = self._thought(source, arm, item)
+        made = self._thought(source, arm, item, seed)
         thought = source.crossing.express(made.contexts, reread=arm.projected != "vector")
         if arm.projected == "text":
             thought = replace(thought, distributions=())
@@ -149,10 +153,13 @@ class Bench:
         handoff = Handoff(mode="text", reason="notes", bytes=len(handed.encode()))
         return self._solved(self._asked(item, handed), None, tuple(stages), seed, handoff=handoff)
 
-    def _thought(self, engine: LatentEngine, arm: Arm, item: Item) -> _Thought:
-        joined = arm.mode != "projection" and arm.strategy
-        made_by = (engine.fingerprint, arm.team, joined, arm.turn, *arm.think_options.items())
-        return self._thoughts.get((item.id, *made_by), lambda: self._think(engine, arm, item))
+    def _thought(self, engine: LatentEngine, arm: Arm, item: Item, seed: int) -> _Thought:
+        made_by = (item.id, engine.fingerprint, arm.team, arm.turn, *arm.think_options.items())
+        thought = self._thoughts.get(made_by, lambda: self._think(engine, arm, item))
+        if arm.mode == "projection" or not TEAMS[arm.team].parallel:
+            return thought
+        joined_by = (*made_by, arm.strategy, seed)
+        return self._thoughts.get(joined_by, lambda: self._joined(engine, thought, arm.strategy, seed))
 
     def _think(self, engine: LatentEngine, arm: Arm, item: Item) -> _Thought:
         team = TEAMS[arm.team]
@@ -162,12 +169,22 @@ class Bench:
             before = contexts[-1] if contexts and not team.parallel else None
             contexts.append(engine.think(prompt, context=before, **arm.think_options))
             stages.append(_stage(f"researcher {number}", contexts[-1], before))
-        if not team.parallel:
-            return _Thought((contexts[-1],), tuple(stages))
-        if arm.mode == "projection":
-            # each becomes a vector; they are joined by standing behind one another
-            return _Thought(tuple(contexts), tuple(stages))
-        joined = engine.join(contexts, strategy=arm.strategy)
+        return _Thought(tuple(contexts) if team.parallel else (contexts[-1],), tuple(stages))
+
+    def _joined(self, engine: LatentEngine, thought: _Thought, strategy: JoinStrategy, seed: int) -> _Thought:
+        contexts, stages = thought.contexts, list(thought.stages)
+        if strategy == "text":
+            # latent steps have no text until somebody asks for it
+            sampling = self._sampling(self.task.note_tokens, seed)
+            told = [engine.generate(TELL, context=context, **sampling) for context in contexts]
+            stages += [
+                Stage(f"researcher {number} in words", answer.usage, len(context))
+                for number, (answer, context) in enumerate(zip(told, contexts, strict=True), 1)
+            ]
+            contexts = tuple(answer.context for answer in told)
+            if not any(answer.text.strip() for answer in told):
+                return _Thought((), tuple(stages))
+        joined = engine.join(contexts, strategy=strategy)
         return _Thought((joined,), (*stages, _stage("join", joined, None)))
 
     def _research_prompts(self, team: Team, arm: Arm, item: Item) -> list[str]:

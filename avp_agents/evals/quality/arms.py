@@ -54,7 +54,8 @@ class Arm:
             told the form of the answer, and the solver goes on in its turn.
         kv: ``"int8"``: what the solver gets went through a frame with its KV-cache rounded to int8.
         projected: What crosses between models: ``"vector"`` (about 2 kB), ``"text"`` (what was read, read again), both.
-        strategy: How the contexts of parallel researchers are joined.
+        strategy: How the contexts of parallel researchers are joined; for ``"text"`` they are asked to say in words
+            what they found out.
 
     Raises:
         ConfigurationError: The options do not go together.

@@ -53,22 +53,51 @@ def test_larger_teams(tiny_bench: Bench, tmp_path: Path) -> None:
     assert rows["latent chain"][0]["tokens"]["read"] < rows["text chain"][0]["tokens"]["read"]
 
 
-def test_a_thought_is_made_once(tiny_bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The latent arm, its int8 variant and the shuffled arm of the problem before it share one."""
-    thinks: list[str] = []
+@pytest.fixture
+def thinks(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Prompts of the thoughts that the tiny engine was asked for."""
+    prompts: list[str] = []
     think = tiny_bench.engine.think
 
     def counted(prompt: str, **options: Any) -> Any:
-        thinks.append(prompt)
+        prompts.append(prompt)
         return think(prompt, **options)
 
     monkeypatch.setattr(tiny_bench.engine, "think", counted)
+    return prompts
+
+
+def test_a_thought_is_made_once(tiny_bench: Bench, tmp_path: Path, thinks: list[str]) -> None:
+    """The latent arm, its int8 variant and the shuffled arm of the problem before it share one."""
     bench = Bench(tiny_bench.engine, tiny_bench.task)
     arms = [Arm("latent", "latent"), Arm("latent[kv=int8]", "latent", kv="int8"), Arm("shuffled", "shuffled")]
     go(bench, tmp_path, arms, count=4)
 
     assert len(thinks) == len(set(thinks)) == 4
     assert {row["tokens"]["latent"] for rows in rows_of(tmp_path).values() for row in rows} == {20}
+
+
+def test_ways_to_join_share_the_thoughts(tiny_bench: Bench, tmp_path: Path, thinks: list[str]) -> None:
+    """Three researchers think once per problem, whatever becomes of their contexts; each arm has its own join."""
+    bench = Bench(tiny_bench.engine, tiny_bench.task)
+    arms = [Arm("replay", "latent", "fan-in", steps=2), Arm("splice", "latent", "fan-in", steps=2, strategy="splice")]
+    go(bench, tmp_path, arms, count=2)
+
+    assert len(thinks) == len(set(thinks)) == 6
+
+
+def test_thoughts_that_are_joined_as_text_are_put_into_words(smol_bench: Bench, tiny_bench: Bench) -> None:
+    """The tiny model says nothing but spaces: its solver gets the question alone."""
+    one, other = items(2)
+    arm = Arm("text", "latent", "fan-in", steps=2, strategy="text")
+    made, silent = smol_bench.answer(arm, one, other, 0), tiny_bench.answer(arm, one, other, 0)
+
+    in_words = [stage for stage in made.stages if stage.role.endswith("in words")]
+    assert [stage.usage.latent_steps for stage in made.stages[:3]] == [2, 2, 2]
+    assert len(in_words) == 3
+    assert all(stage.usage.completion_tokens > 0 and stage.usage.positions_reused > 0 for stage in in_words)
+    assert made.handoff.mode == "kv"
+    assert silent.handoff.mode == "none"
 
 
 def test_an_int8_context_takes_bytes_and_no_reading(tiny_bench: Bench, tmp_path: Path) -> None:
