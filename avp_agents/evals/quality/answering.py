@@ -158,7 +158,8 @@ class Bench:
         thought = self._thoughts.get(made_by, lambda: self._think(engine, arm, item))
         if arm.mode == "projection" or not TEAMS[arm.team].parallel:
             return thought
-        joined_by = (*made_by, arm.strategy, seed)
+        # words are sampled; other joins are the same for every seed, and for the problem before in the shuffled arm
+        joined_by = (*made_by, arm.strategy, seed if arm.strategy == "text" else None)
         return self._thoughts.get(joined_by, lambda: self._joined(engine, thought, arm.strategy, seed))
 
     def _think(self, engine: LatentEngine, arm: Arm, item: Item) -> _Thought:

@@ -86,6 +86,24 @@ def test_ways_to_join_share_the_thoughts(tiny_bench: Bench, tmp_path: Path, thin
     assert len(thinks) == len(set(thinks)) == 6
 
 
+def test_a_join_is_made_once(tiny_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all seeds, and for the shuffled arm of the problem before."""
+    joins: list[str] = []
+    join = tiny_bench.engine.join
+
+    def counted(contexts: Any, *, strategy: Any) -> Any:
+        joins.append(strategy)
+        return join(contexts, strategy=strategy)
+
+    monkeypatch.setattr(tiny_bench.engine, "join", counted)
+    bench, (one, other) = Bench(tiny_bench.engine, tiny_bench.task), items(2)
+    latent, shuffled = (Arm(mode, mode, "fan-in", steps=2) for mode in ("latent", "shuffled"))
+    for arm, item, seed in ((latent, one, 0), (latent, one, 7), (shuffled, other, 1)):
+        bench.answer(arm, item, one, seed)
+
+    assert joins == ["replay"]
+
+
 def test_thoughts_that_are_joined_as_text_are_put_into_words(smol_bench: Bench, tiny_bench: Bench) -> None:
     """The tiny model says nothing but spaces: its solver gets the question alone."""
     one, other = items(2)
