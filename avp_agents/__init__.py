@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avp_agents.answer.generation import Chunk, Generation
     from avp_agents.context import Context, LatentSegment, Readout, TokenSegment
-    from avp_agents.engine.base import Chunk, Engine, Generation
     from avp_agents.engine.latent_engine import LatentEngine
+    from avp_agents.engine.protocol import Engine
     from avp_agents.errors import AvpError
     from avp_agents.handle import ContextHandle, ContextHandleState
     from avp_agents.store import ContextStore, DiskStore, MemoryStore, Namespace, TieredStore

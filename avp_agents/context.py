@@ -33,7 +33,7 @@ class LatentRecipe:
 
     Attributes:
         method: The step function f(h): ``"soft"`` (expected input embedding), ``"ridge"`` or ``"rescale"``; or
-            ``"projection"``: no steps of this model, but another one's thought (`avp_agents.projection`).
+            ``"projection"``: no steps of this model, but another one's thought (`avp_agents.crossing`).
         k: Number of most likely tokens in the soft embedding; None is the whole vocabulary. Only for ``"soft"``.
         temperature: Softmax temperature of the soft embedding.
         renormalise: Whether the result is rescaled to the mean norm of the input embeddings.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
 
 ENTRY_POINT_GROUP = "avp_agents.demos"

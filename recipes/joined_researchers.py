@@ -12,7 +12,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from avp_agents.engine.base import JoinStrategy
+from avp_agents.engine.protocol import JoinStrategy
 from avp_langgraph import AvpChatModel, ContextState, GenerateNode, JoinNode, ThinkNode
 
 SYSTEM = SystemMessage("You are one of three experts who prepare an answer together.")

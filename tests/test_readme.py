@@ -44,7 +44,7 @@ NEEDS = {"crewai": "crewai", "langgraph": "langgraph", "tools": "llguidance"}
 def _engines_are_closed() -> Iterator[None]:
     """Examples that name no engine share one."""
     yield
-    from avp_agents.engine.shared import close_engines
+    from avp_agents.engine.registry import close_engines
 
     close_engines()
 

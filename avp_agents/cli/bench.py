@@ -146,7 +146,7 @@ def _open(
     capture_steps: bool | None,
 ) -> EngineBench:
     from avp_agents.engine.latent_engine import LatentEngine
-    from avp_agents.engine.loading import DTYPES
+    from avp_agents.engine.loading.load import DTYPES
     from avp_agents.evals.engine_bench import EngineBench
     from avp_agents.evals.peers import TransformersPeer
     from avp_agents.evals.random_weights import random_engine

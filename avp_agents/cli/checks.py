@@ -100,7 +100,7 @@ def _devices() -> Iterator[Finding]:
     try:
         import torch
 
-        from avp_agents.engine.packed_linear import can_pack
+        from avp_agents.engine.loading.packed_linear import can_pack
     except ImportError as error:
         yield Finding("device", "problem", f"torch does not load: {error}", "pip install --force-reinstall torch")
         return

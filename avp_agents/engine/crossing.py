@@ -18,17 +18,17 @@ import torch
 from platformdirs import user_cache_path
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
+from avp_agents.crossing.projector import Projection, Projector, express
+from avp_agents.crossing.thought import ByteDistribution, SpokenMessage, Thought
+from avp_agents.crossing.token_bytes import TokenBytes, read_token_bytes
+from avp_agents.crossing.transcript import TranscriptReader
+from avp_agents.crossing.vocabulary import SharedVocabulary, cached_shared_vocabulary
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError
-from avp_agents.projection.projector import Projection, Projector, express
-from avp_agents.projection.shared_vocabulary import SharedVocabulary, cached_shared_vocabulary
-from avp_agents.projection.thought import ByteDistribution, SpokenMessage, Thought
-from avp_agents.projection.token_bytes import TokenBytes, read_token_bytes
-from avp_agents.projection.transcript import TranscriptReader
 from avp_agents.protocol.handshake import Hello
 from avp_agents.usage import HandoffMode
 
 if TYPE_CHECKING:
-    from avp_agents.engine.model_runtime import ModelRuntime
+    from avp_agents.engine.runtime import ModelRuntime
 
 Reread = bool | Literal["all"]
 """Which text of the source's travels: True is what users and tools said and what the source answered last, ``"all"``

@@ -8,9 +8,9 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Protocol, Self, TypeVar
 
+from avp_agents.answer.generation import Chunk
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk
-from avp_agents.engine.request import Event
+from avp_agents.engine.core.request import Event
 from avp_agents.tracing import Operation
 from avp_agents.usage import Handoff, Usage
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from avp_agents.context import Context, LatentSegment, leaves
-from avp_agents.engine.kv_pool import KvPool
-from avp_agents.engine.loading import LoadedModel
+from avp_agents.engine.core.kv_pool import KvPool
+from avp_agents.engine.core.model import LoadedModel
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError, IntegrityError
 from avp_agents.kv_cache import HostKv
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment, TokenSegment, leaves, prefix_of
-from avp_agents.engine.base import JoinStrategy
-from avp_agents.engine.placement import shared_positions
-from avp_agents.engine.request import Request
-from avp_agents.engine.sequence import Replaying
-from avp_agents.engine.whole_turns import WholeTurns
+from avp_agents.engine.core.request import Request
+from avp_agents.engine.core.sequence import Replaying
+from avp_agents.engine.core.start import shared_positions
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import ConfigurationError, PromptError
+from avp_agents.prompt.whole_turns import WholeTurns
 from avp_agents.usage import Handoff, HandoffMode
 
 Lineage = tuple[Segment, ...]

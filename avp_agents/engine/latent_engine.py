@@ -10,18 +10,18 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, Self
 
 from avp_agents.context import Context
-from avp_agents.engine.base import JoinStrategy
+from avp_agents.engine.core.scheduler import EngineStats, Scheduler
 from avp_agents.engine.crossing import Crossing, Reread
 from avp_agents.engine.delivery import await_context, wait_for_context
 from avp_agents.engine.directory import add_engine
 from avp_agents.engine.foreign import check_values
-from avp_agents.engine.model_runtime import EngineSettings, ModelRuntime
-from avp_agents.engine.model_source import InMemory, ModelSource, Pretrained
-from avp_agents.engine.prompt import PromptRenderer
+from avp_agents.engine.loading.source import InMemory, ModelSource, Pretrained
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.engine.queued_engine import QueuedEngine
-from avp_agents.engine.request_builder import RequestBuilder
-from avp_agents.engine.scheduler import EngineStats, Scheduler
+from avp_agents.engine.requests import RequestBuilder
+from avp_agents.engine.runtime import EngineSettings, ModelRuntime
 from avp_agents.models import resolve_model
+from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.store import ContextStore, default_store
 from avp_agents.tracing import start_operation
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class LatentEngine(QueuedEngine):
-    """Thinks, generates and replays on an open-weight model, for many callers at once. See `avp_agents.engine.base`.
+    """Thinks, generates and replays on an open-weight model, for many callers at once (`avp_agents.engine.protocol`).
 
     Example:
         >>> with LatentEngine.from_pretrained() as engine:
@@ -99,7 +99,7 @@ class LatentEngine(QueuedEngine):
             chat_template_kwargs: Options of the chat template, such as ``{"enable_thinking": False}``.
             reread: What of the text that a context of another model was made from this model reads again: True is what
                 users and tools said, ``"all"`` also system prompts and earlier answers, False is none.
-            project_vectors: Whether the thought in such a context enters as a vector, too (`avp_agents.projection`). It
+            project_vectors: Whether the thought in such a context enters as a vector, too (`avp_agents.crossing`). It
                 did not improve answers where that was measured.
             **model_options: Passed to transformers: ``revision``, ``token``, ``local_files_only``, ``device_map``,
                 ``quantization_config``, ``gguf_file``, ...

@@ -10,17 +10,19 @@ from collections.abc import Sequence as Seq
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
 
+from avp_agents.answer.generation import Chunk, Generation
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
+from avp_agents.answer.tool_format import ToolDefinition, ToolFormat
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, Prompt, ThinkOptions
+from avp_agents.engine.core.request import Event
 from avp_agents.engine.delivery import ChunkStream, Queue, await_context, stream_chunks, wait_for_context
-from avp_agents.engine.request import Event
-from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
 from avp_agents.handle import ContextHandle
+from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.store import ContextStore
 from avp_agents.tracing import start_operation
 
 if TYPE_CHECKING:
-    from avp_agents.engine.prompt import PromptRenderer
+    from avp_agents.prompt.plan import PromptRenderer
 
 Deliver = Callable[[Event], None]
 
@@ -48,7 +50,7 @@ class Requests(Protocol):
 
 
 class QueuedEngine(ABC):
-    """What such engines share. See `avp_agents.engine.base`.
+    """What such engines share. See `avp_agents.engine.protocol`.
 
     Attributes:
         model_path: The name or folder that the model was loaded from.

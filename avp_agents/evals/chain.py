@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Engine, Message
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
+from avp_agents.prompt.chat_messages import Message
 from avp_agents.usage import Usage
 
 QUESTION = "A town of 9000 people wants to replace its diesel buses within five years. What should it do first?"

@@ -26,10 +26,10 @@ from importlib.resources import files
 from typing import Any
 
 from avp_agents.context import Context
+from avp_agents.crossing.thought import SpokenMessage, Thought
 from avp_agents.engine.latent_engine import LatentEngine
 from avp_agents.errors import ConfigurationError
 from avp_agents.evals.statistics import holm, mcnemar_p, wilson
-from avp_agents.projection.thought import SpokenMessage, Thought
 
 STEPS = 20
 ANSWER_TOKENS = 12

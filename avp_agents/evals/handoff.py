@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from typing import Any
 
-from avp_agents.engine.base import Generation
+from avp_agents.answer.generation import Generation
 from avp_agents.engine.latent_engine import LatentEngine
 from avp_agents.errors import ConfigurationError
 from avp_agents.evals.comprehension import Item

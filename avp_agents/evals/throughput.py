@@ -19,10 +19,10 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from avp_agents.engine.base import Engine
 from avp_agents.engine.latent_engine import LatentEngine
-from avp_agents.engine.vllm import VllmEngine
+from avp_agents.engine.protocol import Engine
 from avp_agents.store import MemoryStore
+from avp_agents.vllm import VllmEngine
 
 Pipeline = Callable[[Engine, str], Awaitable[None]]
 

@@ -1,7 +1,7 @@
 """Engines over the network: a server for one, and a client that is one.
 
     avp_agents.transport.server     what `avp-agents serve` runs (needs the extra ``server``)
-    avp_agents.transport.client     RemoteEngine, which implements `avp_agents.engine.base.Engine`
+    avp_agents.transport.client     RemoteEngine, which implements `avp_agents.engine.protocol.Engine`
     avp_agents.transport.wire       the JSON that passes between them; payloads are frames of `avp_agents.protocol`
 
 >>> from avp_agents.transport import RemoteEngine

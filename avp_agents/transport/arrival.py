@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from avp_agents.context import Context
+from avp_agents.crossing.thought import SpokenRole, Thought
 from avp_agents.errors import AvpError, EngineError, HandshakeError, ProjectionError, TransportError
-from avp_agents.projection.thought import SpokenRole, Thought
 from avp_agents.protocol.frame_decoding import open_frame
 from avp_agents.protocol.frame_values import decode_context
 from avp_agents.protocol.handshake import IN_PROCESS, CrossingMode, Decision, Hello, Link, Shipment

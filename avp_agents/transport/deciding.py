@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from avp_agents.context import Context, TokenSegment
+from avp_agents.crossing.thought import SpokenMessage, SpokenRole, Thought
 from avp_agents.errors import HandshakeError
-from avp_agents.projection.thought import SpokenMessage, SpokenRole, Thought
 from avp_agents.protocol.frame_decoding import open_frame
 from avp_agents.protocol.frame_values import decode_context, encode_context
 from avp_agents.protocol.handshake import CrossingMode, Decision, Hello, Link, Shipment, handshake

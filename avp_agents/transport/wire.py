@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast, get_args
 
+from avp_agents.answer.generation import Chunk, Generation, TokenLogprob
+from avp_agents.answer.tool_format import Markup, ToolFormat
 from avp_agents.context import (
     Context,
     LatentRecipe,
@@ -20,10 +22,9 @@ from avp_agents.context import (
     SplicedSegment,
     TokenSegment,
 )
-from avp_agents.engine.base import Chunk, Generation, Prompt, TokenLogprob
-from avp_agents.engine.tool_format import Markup, ToolFormat
 from avp_agents.errors import PromptError, TransportError
 from avp_agents.handle import ContextHandle
+from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.transport.json_fields import Fields
 from avp_agents.usage import Handoff, HandoffMode, Usage
 

@@ -19,7 +19,7 @@ if find_spec("crewai") is None:
     )
 
 if TYPE_CHECKING:
-    from avp_agents.engine.shared import close_engines, shared_engine
+    from avp_agents.engine.registry import close_engines, shared_engine
     from avp_crewai.exchange import AvpContextOverflowError
     from avp_crewai.llm import AvpLLM
     from avp_crewai.registration import register_crewai_llm
@@ -29,10 +29,10 @@ _HOME = {
     "AvpContextOverflowError": "avp_crewai.exchange",
     "AvpLLM": "avp_crewai.llm",
     "Handover": "avp_crewai.runs",
-    "close_engines": "avp_agents.engine.shared",
+    "close_engines": "avp_agents.engine.registry",
     "handover": "avp_crewai.runs",
     "register_crewai_llm": "avp_crewai.registration",
-    "shared_engine": "avp_agents.engine.shared",
+    "shared_engine": "avp_agents.engine.registry",
 }
 
 __all__ = [

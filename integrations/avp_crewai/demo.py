@@ -14,7 +14,7 @@ from typing import Any
 from crewai import Agent, Crew, Task
 
 from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_crewai.exchange import Call
 from avp_crewai.handoffs import Caller
 from avp_crewai.llm import AvpLLM

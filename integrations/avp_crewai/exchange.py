@@ -13,11 +13,14 @@ from typing import Literal, TypedDict
 
 from crewai.utilities.exceptions.context_window_exceeding_exception import LLMContextLengthExceededError
 
+from avp_agents.answer.generation import Chunk, Generation
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
+from avp_agents.answer.tool_format import ToolDefinition
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, Engine, GenerateOptions, Generation, JoinStrategy, Message, ThinkOptions
-from avp_agents.engine.tool_format import ToolDefinition
+from avp_agents.crossing.thought import TELL
+from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.errors import ContextWindowError
-from avp_agents.projection.thought import TELL
+from avp_agents.prompt.chat_messages import Message
 from avp_agents.usage import Handoff, Usage
 from avp_crewai.handoffs import Caller, OnMissing, Prepared, prepare
 from avp_crewai.reply import ReplyForm, ReplyReader

@@ -21,7 +21,7 @@ from crewai.context import get_current_task_id
 from crewai.task import Task
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Engine, Message
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import (
     AvpError,
     ContextLostError,
@@ -30,6 +30,7 @@ from avp_agents.errors import (
     StoreUnavailableError,
 )
 from avp_agents.handle import ContextHandle
+from avp_agents.prompt.chat_messages import Message
 from avp_agents.usage import HandoffMode
 from avp_crewai.messages import what_follows, what_was_put_in
 from avp_crewai.predecessors import HandedText, Predecessor, find_handed_text

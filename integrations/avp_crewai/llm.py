@@ -22,9 +22,11 @@ from crewai.llms.base_llm import BaseLLM, LLMCallBlockedError, llm_call_context
 from crewai.llms.context_window import CONTEXT_WINDOW_USAGE_RATIO
 from pydantic import BaseModel, Field, SkipValidation, model_validator
 
+from avp_agents.answer.generation import Chunk
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import LatentMethod
-from avp_agents.engine.base import Chunk, Engine, GenerateOptions, JoinStrategy, ThinkOptions
-from avp_agents.engine.shared import shared_engine
+from avp_agents.engine.protocol import Engine, JoinStrategy
+from avp_agents.engine.registry import shared_engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.handle import ContextHandle
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
@@ -49,7 +51,7 @@ class AvpLLM(BaseLLM):
     """An LLM for CrewAI that runs in this process and can hand over what it thought instead of what it wrote.
 
     No weights are loaded when it is made: the first call looks the engine up, which LLMs of the same model and options
-    share. Fields that are None leave the engine's default (see `avp_agents.engine.base.GenerateOptions`).
+    share. Fields that are None leave the engine's default (see `avp_agents.engine.protocol.GenerateOptions`).
 
     Inside of a crew, a task's answer leaves a context, and the next task's prompt is answered on top of it: the text
     that CrewAI puts into the prompt for it is left out. Tool results and retries continue the task's own context. When

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from avp_agents.engine.base import Message
 from avp_agents.errors import PromptError
+from avp_agents.prompt.chat_messages import Message
 
 
 @dataclass(frozen=True)

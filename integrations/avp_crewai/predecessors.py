@@ -18,7 +18,7 @@ from crewai.tasks.task_output import TaskOutput
 from crewai.utilities.constants import NOT_SPECIFIED
 from crewai.utilities.formatter import aggregate_raw_outputs_from_task_outputs
 
-from avp_agents.engine.base import Message
+from avp_agents.prompt.chat_messages import Message
 
 
 @dataclass(frozen=True)

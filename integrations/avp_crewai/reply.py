@@ -13,10 +13,7 @@ from crewai.events.types.llm_events import LLMCallType
 from crewai.utilities.agent_utils import format_answer
 from pydantic import BaseModel, ValidationError
 
-from avp_agents.engine.base import Engine, GenerateOptions, Message
-from avp_agents.engine.tool_format import ToolDefinition
-from avp_agents.errors import ConfigurationError, EngineError
-from avp_agents.tools import (
+from avp_agents.answer import (
     CallDelta,
     Delta,
     InvalidToolCall,
@@ -27,6 +24,11 @@ from avp_agents.tools import (
     json_grammar,
     json_instruction,
 )
+from avp_agents.answer.options import GenerateOptions
+from avp_agents.answer.tool_format import ToolDefinition
+from avp_agents.engine.protocol import Engine
+from avp_agents.errors import ConfigurationError, EngineError
+from avp_agents.prompt.chat_messages import Message
 from avp_crewai.messages import Answer
 
 

@@ -28,8 +28,8 @@ from crewai.hooks.contexts import ExecutionEndContext
 from crewai.hooks.dispatch import InterceptionPoint, get_global_hook_list
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Message
 from avp_agents.handle import ContextHandle
+from avp_agents.prompt.chat_messages import Message
 from avp_agents.store.base import ContextStore
 from avp_crewai.messages import Answer
 

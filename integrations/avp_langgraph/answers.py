@@ -21,8 +21,8 @@ from typing import Any
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata
 
+from avp_agents.answer.generation import Generation, TokenLogprob
 from avp_agents.context import Context, LatentSegment
-from avp_agents.engine.base import Generation, TokenLogprob
 from avp_agents.handle import ContextHandle
 from avp_agents.usage import Handoff, HandoffMode, Usage
 from avp_langgraph.handoffs import Prepared

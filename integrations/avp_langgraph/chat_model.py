@@ -29,7 +29,7 @@ from langchain_core.tools import BaseTool
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
 from avp_agents.context import LatentMethod
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_langgraph.answers import PROVIDER, shown_name
@@ -53,7 +53,7 @@ class AvpChatModel(BaseChatModel):
 
     No weights are loaded when it is made: the first call looks the engine up (`avp_langgraph.engines`), which models of
     the same name and options share. Fields that are None leave the engine's default (see
-    `avp_agents.engine.base.GenerateOptions`). All fields but `engine`, `engine_options`, `namespace`, `scope` and
+    `avp_agents.engine.protocol.GenerateOptions`). All fields but `engine`, `engine_options`, `namespace`, `scope` and
     `streaming` can be overridden by a call: ``model.invoke(messages, temperature=0.7)``, ``model.bind(...)``.
 
     Example:

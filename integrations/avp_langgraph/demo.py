@@ -16,7 +16,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
 from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 from langchain_core.messages import AIMessageChunk, BaseMessage
 
-from avp_agents.engine.base import Engine, GenerateOptions, Message
+from avp_agents.answer.options import GenerateOptions
+from avp_agents.engine.protocol import Engine
+from avp_agents.prompt.chat_messages import Message
 from avp_langgraph.answers import answer_chunk, answer_line, thought_chunk, thought_line
 from avp_langgraph.calls import Call
 from avp_langgraph.events import stream_handoff

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from avp_agents.context import Context, LatentRecipe
-from avp_agents.engine.base import Engine, Message
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import (
     AvpError,
     ConfigurationError,
@@ -35,6 +35,7 @@ from avp_agents.errors import (
     StoreUnavailableError,
 )
 from avp_agents.handle import ContextHandle
+from avp_agents.prompt.chat_messages import Message
 from avp_agents.store.base import ContextStore
 from avp_agents.tracing import span
 from avp_agents.usage import HandoffMode

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Engine, JoinStrategy
+from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextLostError
 from avp_agents.handle import ContextHandle
 from avp_langgraph.chat_model import AvpChatModel

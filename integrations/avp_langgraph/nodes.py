@@ -16,7 +16,7 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, SystemMessage
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.messages import HANDLE_KEY

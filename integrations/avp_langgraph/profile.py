@@ -61,7 +61,7 @@ def _configuration(model: str, revision: str | None) -> Path | None:
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
-    """As `avp_agents.engine.loading.window` of the same configuration."""
+    """As `avp_agents.engine.loading.load.window` of the same configuration."""
     text = config.get("text_config")
     config = text if isinstance(text, dict) else config
     positions = config.get("max_position_embeddings") or config.get("n_positions")

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import cast, get_args
 
 from avp_agents.context import Context, LatentMethod, LatentRecipe
-from avp_agents.engine.base import Message
+from avp_agents.prompt.chat_messages import Message
 
 _NOTE = re.compile(r"(soft|ridge|rescale):(\d{1,6}|):(\d{1,6}):([0-9a-f]{12})")
 

@@ -10,9 +10,12 @@ from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from avp_agents.engine.base import Chunk, Engine, GenerateOptions, Message
+from avp_agents.answer import TextDelta, ToolCalling, ToolSpec, json_grammar, json_instruction
+from avp_agents.answer.generation import Chunk
+from avp_agents.answer.options import GenerateOptions
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
-from avp_agents.tools import TextDelta, ToolCalling, ToolSpec, json_grammar, json_instruction
+from avp_agents.prompt.chat_messages import Message
 from avp_langgraph.messages import REASONING_KEY
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool

@@ -29,7 +29,7 @@ from langgraph.graph.state import CompiledStateGraph
 from redis import Redis
 
 from avp_agents import LatentEngine
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_agents.store import open_store
 from avp_agents.transport import RemoteEngine
 from avp_langgraph import AvpChatModel
@@ -50,7 +50,7 @@ def open_engine() -> Engine:
         return RemoteEngine(url, token=os.environ.get("AVP_SERVE_TOKEN"))
     store = open_store(store_url())
     if url := os.environ.get("AVP_VLLM_URL"):
-        from avp_agents.engine.vllm import VllmEngine
+        from avp_agents.vllm import VllmEngine
 
         return VllmEngine.from_server(url, model, dtype=dtype, store=store)
     return LatentEngine.from_pretrained(model, dtype=dtype, store=store)

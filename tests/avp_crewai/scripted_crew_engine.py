@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from avp_agents import Context, LatentEngine
-from avp_agents.engine.grammar import Grammar
+from avp_agents.answer.grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Request:
 
 @dataclass
 class ScriptedEngine:
-    """Implements `avp_agents.engine.base.Engine` by a `LatentEngine`.
+    """Implements `avp_agents.engine.protocol.Engine` by a `LatentEngine`.
 
     Attributes:
         script: The next answers, in order; where it is empty (or has None) the model says what it likes.

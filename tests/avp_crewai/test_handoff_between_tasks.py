@@ -12,8 +12,8 @@ from crews import agent, crew, kickoff, task
 from llm_events import Events
 from scripted_crew_engine import ScriptedEngine
 
+from avp_agents.crossing.thought import TELL
 from avp_agents.errors import ContextLostError
-from avp_agents.projection.thought import TELL
 
 FINDINGS = "Two pens cost six dollars."
 

@@ -15,14 +15,16 @@ from typing import Any, Unpack
 
 import torch
 
+from avp_agents.answer.generation import Chunk, Generation, TokenLogprob
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
+from avp_agents.answer.tool_format import GENERIC, ToolDefinition, ToolFormat
 from avp_agents.context import Context, LatentRecipe, LatentSegment, SplicedSegment, TokenSegment
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Prompt, ThinkOptions, TokenLogprob
-from avp_agents.engine.prompt_lineage import Line, LineageWalk
-from avp_agents.engine.tool_format import GENERIC, ToolDefinition, ToolFormat
-from avp_agents.engine.turn_messages import read_messages
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, PromptError
 from avp_agents.handle import ContextHandle
 from avp_agents.kv_cache import HostKv
+from avp_agents.prompt.chat_messages import Prompt, read_messages
+from avp_agents.prompt.continuation import Line, LineageWalk
 from avp_agents.store import ContextStore, MemoryStore, Namespace
 from avp_agents.usage import Handoff, Usage
 
@@ -46,7 +48,7 @@ class Request:
 
 @dataclass
 class FakeEngine:
-    """Implements `avp_agents.engine.base.Engine`.
+    """Implements `avp_agents.engine.protocol.Engine`.
 
     Attributes:
         requests: Every call that reached the model, in order.

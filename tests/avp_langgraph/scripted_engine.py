@@ -9,8 +9,10 @@ from typing import Any
 
 from fake_engine import FakeEngine
 
+from avp_agents.answer.generation import Chunk
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.context import Context, TokenSegment
-from avp_agents.engine.base import Chunk, GenerateOptions, Prompt
+from avp_agents.prompt.chat_messages import Prompt
 
 
 @dataclass

@@ -14,7 +14,7 @@ from langgraph.types import Send
 
 from avp_agents import LatentEngine
 from avp_agents.context import SplicedSegment
-from avp_agents.engine.base import JoinStrategy
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextLostError
 from avp_langgraph import AvpChatModel, ContextState, GenerateNode, JoinNode, ThinkNode
 

@@ -14,9 +14,9 @@ from pydantic import BaseModel, Field
 from scripted_engine import ScriptedEngine
 
 from avp_agents import LatentEngine
-from avp_agents.engine.tool_format import GENERIC
+from avp_agents.answer import json_grammar
+from avp_agents.answer.tool_format import GENERIC
 from avp_agents.errors import ConfigurationError
-from avp_agents.tools import json_grammar
 from avp_langgraph import AvpChatModel
 
 QUESTION = HumanMessage("Who wrote Faust?")

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 from scripted_engine import ScriptedEngine
 
 from avp_agents import LatentEngine
-from avp_agents.engine.tool_format import GENERIC
+from avp_agents.answer import ToolCalling, ToolSpec
+from avp_agents.answer.tool_format import GENERIC
 from avp_agents.errors import ConfigurationError
-from avp_agents.tools import ToolCalling, ToolSpec
 from avp_langgraph import AvpChatModel
 
 QUESTION = HumanMessage("How is the weather in Oslo and Rome?")

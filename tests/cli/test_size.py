@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from avp_agents.cli import app
 from avp_agents.context import Context, LatentRecipe, LatentSegment, Readout, TokenSegment
-from avp_agents.engine.latent_step import READOUT_K
+from avp_agents.engine.core.latent_step import READOUT_K
 from avp_agents.errors import ModelNotFoundError, UnsupportedModelError
 from avp_agents.evals.sizing import READOUT_TOKENS, ContextSize, ModelSizes
 from avp_agents.kv_cache import HostKv

@@ -9,7 +9,7 @@ from prompt_tokenizers import text_of
 from transformers import PreTrainedTokenizerFast
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
-from avp_agents.engine.prompt import PromptPlan, PromptRenderer
+from avp_agents.prompt.plan import PromptPlan, PromptRenderer
 
 RECIPE = LatentRecipe("soft", 256, 1.0, False, 2)
 RESEARCHER = {"role": "system", "content": "You are a researcher."}

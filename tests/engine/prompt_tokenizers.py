@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from avp_agents.engine.prompt import PromptRenderer
+from avp_agents.prompt.plan import PromptRenderer
 
 MODEL_FOLDER = Path(os.environ.get("AVP_TEST_MODELS", Path.home() / ".cache" / "avp-test-models"))
 SMOLLM2, QWEN = "smollm2-135m", "qwen2.5-coder-0.5b"

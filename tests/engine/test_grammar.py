@@ -13,7 +13,7 @@ from prompt_tokenizers import chatml
 from tiny_models import TinyModels
 
 from avp_agents import LatentEngine
-from avp_agents.engine.grammar import Constraint, Grammar, GrammarCompiler, lark_json
+from avp_agents.answer.grammar import Constraint, Grammar, GrammarCompiler, lark_json
 from avp_agents.errors import ConfigurationError, GrammarError
 
 PERSON = {

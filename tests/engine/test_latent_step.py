@@ -12,7 +12,7 @@ from reference import ROUNDING, Reference, fed_latents, relative_deviation
 from tiny_models import MAX_POSITIONS, TinyModels
 
 from avp_agents import LatentEngine, LatentSegment
-from avp_agents.engine.base import ThinkOptions
+from avp_agents.answer.options import ThinkOptions
 from avp_agents.errors import ConfigurationError, ContextWindowError, NumericalError
 
 PROMPT = "What is the sum of 24 and 17? Think before you answer."

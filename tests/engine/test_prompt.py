@@ -25,8 +25,8 @@ from prompt_tokenizers import (
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
-from avp_agents.engine.prompt import PromptRenderer
 from avp_agents.errors import ConfigurationError, PromptError, UnsupportedModelError
+from avp_agents.prompt.plan import PromptRenderer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "What is 24 * 17 + 3?"}

@@ -1,4 +1,4 @@
-"""Which context a conversation continues: the cases of the table in `avp_agents.engine.prompt_lineage`."""
+"""Which context a conversation continues: the cases of the table in `avp_agents.prompt.continuation`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from prompt_agents import NOTE, QUESTION, RESEARCHER, SOLVER, UNUSED, WHY, Agent
 from prompt_tokenizers import chatml, id_of, llama_3, mistral
 
 from avp_agents.context import Context, TokenSegment
-from avp_agents.engine.turns import Rendering, TurnRenderer
+from avp_agents.prompt.chat_template import Rendering, TurnRenderer
 
 
 @pytest.fixture(scope="module", params=[chatml, llama_3], ids=["chatml", "llama_3"])

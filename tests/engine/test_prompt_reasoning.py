@@ -9,8 +9,8 @@ from prompt_agents import QUESTION, WHY, Agents, Messages, outcome, said
 from prompt_tokenizers import QWEN_3, R_1, chatml, llama_3
 
 from avp_agents.context import Context, TokenSegment
-from avp_agents.engine.prompt import PromptPlan, PromptRenderer
 from avp_agents.errors import ConfigurationError
+from avp_agents.prompt.plan import PromptPlan, PromptRenderer
 
 REASONING = "24 * 17 = 408."
 CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1}}}

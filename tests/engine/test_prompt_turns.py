@@ -23,8 +23,8 @@ from prompt_tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
-from avp_agents.engine.prompt import PromptPlan, PromptRenderer
 from avp_agents.errors import PromptError
+from avp_agents.prompt.plan import PromptPlan, PromptRenderer
 
 LATENTS = LatentSegment(torch.zeros(3, 4), LatentRecipe("soft", 256, 1.0, False, 3))
 CONTEXT = Context("f" * 64, "float32", (TokenSegment((9,)), LATENTS))

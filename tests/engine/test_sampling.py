@@ -22,8 +22,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from avp_agents.engine.base import GenerateOptions
-from avp_agents.engine.sampling import RowSampler, Sampled, SamplingParams, sample
+from avp_agents.answer.options import GenerateOptions
+from avp_agents.engine.core.sampling import RowSampler, Sampled, SamplingParams, sample
 from avp_agents.errors import ConfigurationError, NumericalError
 
 VOCAB = 1000

@@ -12,7 +12,7 @@ from prompt_tokenizers import REAL, byte_tokenizer, id_of, load_tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from avp_agents.engine.stopping import TextStream
+from avp_agents.answer.detokenizer import TextStream
 from avp_agents.errors import UnsupportedModelError
 
 SHARED_FIXTURES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

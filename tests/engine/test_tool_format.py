@@ -9,9 +9,9 @@ import pytest
 from prompt_tokenizers import byte_tokenizer, chatml, deepseek, gemma
 
 from avp_agents import Context, TokenSegment
-from avp_agents.engine.prompt import PromptRenderer
-from avp_agents.engine.tool_format import GENERIC
+from avp_agents.answer.tool_format import GENERIC
 from avp_agents.errors import ConfigurationError
+from avp_agents.prompt.plan import PromptRenderer
 
 WITH_TOOLS = """\
 {% if tools %}<|im_start|>system

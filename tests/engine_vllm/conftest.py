@@ -10,7 +10,7 @@ import pytest
 from vllm_cases import CASES, FINGERPRINT, OTHER, STEPS, Case, Reference, review, solve, thought_behind
 
 from avp_agents import Context, LatentEngine, MemoryStore, Namespace
-from avp_agents.engine.vllm.served_model import ModelSettings, ServedModel
+from avp_agents.vllm.served_model import ModelSettings, ServedModel
 
 os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from avp_agents.engine.sampling import Sampled
-from avp_agents.engine.vllm.backend import Decoding, Facts, Step
-from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
+from avp_agents.engine.core.sampling import Sampled
+from avp_agents.vllm.backend import Decoding, Facts, Step
+from avp_agents.vllm.lineage_prompt import LineagePrompt
 
 WINDOW = 2048
 

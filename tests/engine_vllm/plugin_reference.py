@@ -14,7 +14,7 @@ from vllm import LLM
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.context import LatentSegment, Readout
-from avp_agents.engine.vllm.plugin.request import Thought, ThoughtRequest
+from avp_agents.vllm.plugin.request import Thought, ThoughtRequest
 
 STEPS, TOKENS = 20, 32
 ASKED = ThoughtRequest(steps=STEPS)

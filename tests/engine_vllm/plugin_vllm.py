@@ -32,9 +32,9 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.outputs import RequestOutput
 
-from avp_agents.engine.vllm.plugin import register
-from avp_agents.engine.vllm.plugin.options import plugin_options
-from avp_agents.engine.vllm.plugin.request import Thought, ThoughtRequest, read_thought
+from avp_agents.vllm.plugin import register
+from avp_agents.vllm.plugin.options import plugin_options
+from avp_agents.vllm.plugin.request import Thought, ThoughtRequest, read_thought
 
 BLOCK = 128
 """Positions in one of vLLM's KV blocks on a CPU."""

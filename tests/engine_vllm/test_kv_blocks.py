@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: see docs/vllm.md")
 
-from avp_agents.engine.vllm.plugin import kv_blocks
-from avp_agents.engine.vllm.plugin.kv_blocks import KvBlocks
 from avp_agents.errors import ConfigurationError, UnsupportedModelError
 from avp_agents.kv_cache import HostKv
+from avp_agents.vllm.plugin import kv_blocks
+from avp_agents.vllm.plugin.kv_blocks import KvBlocks
 
 BLOCKS, HEADS, BLOCK, DIM, LAYERS = 6, 3, 16, 8, 2
 

@@ -15,10 +15,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
-from avp_agents.engine.vllm.plugin.kv_connector import Moves, NotLoaded, StoreConnector
-from avp_agents.engine.vllm.plugin.kv_request import FIELD, KvRequest
-from avp_agents.engine.vllm.plugin.options import plugin_options
 from avp_agents.errors import ConfigurationError
+from avp_agents.vllm.plugin.kv_connector import Moves, NotLoaded, StoreConnector
+from avp_agents.vllm.plugin.kv_request import FIELD, KvRequest
+from avp_agents.vllm.plugin.options import plugin_options
 
 HANDLE = "avp:1:" + "a" * 32
 BLOCK = 16

@@ -16,10 +16,10 @@ pytest.importorskip("obstore", reason="needs the extra `objects`")
 from vllm_cases import STEPS, TOKENS, Case, Reference, review, without_kv
 
 from avp_agents import Context, Generation, LatentEngine
-from avp_agents.engine.vllm import VllmEngine
 from avp_agents.errors import NotStoredError
 from avp_agents.kv_cache import HostKv
 from avp_agents.store import TieredStore, open_store
+from avp_agents.vllm import VllmEngine
 
 TIDES = Case("", "Explain in one sentence why this matters to sailors.")
 

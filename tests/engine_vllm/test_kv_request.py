@@ -11,9 +11,9 @@ from vllm_cases import FINGERPRINT, HIDDEN, RECIPE
 
 from avp_agents import Context, LatentSegment, TokenSegment
 from avp_agents.context import Segment
-from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
-from avp_agents.engine.vllm.plugin.kv_request import FIELD, KvRequest, PromptStart
 from avp_agents.errors import ConfigurationError
+from avp_agents.vllm.lineage_prompt import LineagePrompt
+from avp_agents.vllm.plugin.kv_request import FIELD, KvRequest, PromptStart
 
 ONE, OTHER = "avp:1:" + "a" * 32, "avp:1:" + "b" * 32
 LATENTS = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))

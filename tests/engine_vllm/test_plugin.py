@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from avp_agents.engine.vllm.plugin.request import read_thought
+from avp_agents.vllm.plugin.request import read_thought
 
 TOWN = "The town lies on a river between two hills, and its market is held every Saturday under the old bridge. "
 PROMPTS = (

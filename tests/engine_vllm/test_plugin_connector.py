@@ -15,10 +15,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
-from avp_agents.engine.vllm.plugin.connector import Collected, Completed, LatentConnector, latent_rows
-from avp_agents.engine.vllm.plugin.options import plugin_options
-from avp_agents.engine.vllm.plugin.request import FIELD, ROWS_ARGUMENT, ThoughtRequest
 from avp_agents.errors import ConfigurationError
+from avp_agents.vllm.plugin.connector import Collected, Completed, LatentConnector, latent_rows
+from avp_agents.vllm.plugin.options import plugin_options
+from avp_agents.vllm.plugin.request import FIELD, ROWS_ARGUMENT, ThoughtRequest
 
 ROWS = 2000
 VOCABULARY = 49152

@@ -10,7 +10,7 @@ from plugin_vllm import FAMILIES, build_tokenizer, save_tiny_model, think, think
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.context import LatentSegment
-from avp_agents.engine.vllm.plugin.request import ThoughtRequest
+from avp_agents.vllm.plugin.request import ThoughtRequest
 
 PROMPT = "the quick brown fox jumps over the lazy dog and then it rests under the old tree"
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from avp_agents.engine.vllm.plugin.options import plugin_arguments, plugin_options
 from avp_agents.errors import ConfigurationError, UnsupportedModelError
+from avp_agents.vllm.plugin.options import plugin_arguments, plugin_options
 
 STORE = "redis://10.0.0.5:6379/0"
 

@@ -12,12 +12,8 @@ import torch
 from safetensors.torch import save
 
 from avp_agents.context import LatentRecipe
-from avp_agents.engine.vllm.plugin.request import (
-    FIELD,
-    ThoughtRequest,
-    read_thought,
-)
 from avp_agents.errors import ConfigurationError, EngineError, NumericalError
+from avp_agents.vllm.plugin.request import FIELD, ThoughtRequest, read_thought
 
 STEPS = 4
 

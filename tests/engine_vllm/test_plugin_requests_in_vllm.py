@@ -16,11 +16,11 @@ from vllm.inputs import TokensPrompt
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.context import LatentSegment
-from avp_agents.engine.vllm.plugin.models import _refuse
-from avp_agents.engine.vllm.plugin.options import plugin_options
-from avp_agents.engine.vllm.plugin.request import LOGITS_PROCESSOR, ThoughtRequest, read_thought
-from avp_agents.engine.vllm.plugin.sampling import LatentSampling
 from avp_agents.errors import ConfigurationError, EngineError
+from avp_agents.vllm.plugin.models import _refuse
+from avp_agents.vllm.plugin.options import plugin_options
+from avp_agents.vllm.plugin.request import LOGITS_PROCESSOR, ThoughtRequest, read_thought
+from avp_agents.vllm.plugin.sampling import LatentSampling
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 ROWS = 1100

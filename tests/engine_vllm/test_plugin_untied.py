@@ -7,7 +7,7 @@ from pathlib import Path
 from plugin_reference import STEPS, answers, assert_same, expectations
 from plugin_vllm import BLOCK, think, thinking_vllm
 
-from avp_agents.engine.vllm.plugin.request import ThoughtRequest
+from avp_agents.vllm.plugin.request import ThoughtRequest
 
 ASKED = ThoughtRequest(steps=STEPS, method="ridge")
 PROMPTS = (

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from avp_agents import LatentEngine
-from avp_agents.engine.vllm.served_model import ModelSettings, ServedModel
 from avp_agents.errors import ModelNotFoundError
 from avp_agents.fingerprint import model_fingerprint
+from avp_agents.vllm.served_model import ModelSettings, ServedModel
 
 
 def test_the_fingerprint_is_that_of_the_latent_engine(smollm2_path: Path, latent_engine: LatentEngine) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from avp_agents.engine.grammar import Grammar
-from avp_agents.engine.vllm.constraining import Marker, structured_outputs
-from avp_agents.engine.vllm.served_model import ServedModel
+from avp_agents.answer.grammar import Grammar
+from avp_agents.vllm.constraining import Marker, structured_outputs
+from avp_agents.vllm.served_model import ServedModel
 
 llguidance = pytest.importorskip("llguidance", reason="needs the extra `tools`")
 hf = pytest.importorskip("llguidance.hf", reason="needs the extra `tools`")

@@ -10,9 +10,9 @@ import torch
 from vllm_cases import thought_behind
 
 from avp_agents import Context, LatentSegment, TokenSegment
-from avp_agents.engine.vllm.content_parts import PLACEHOLDER, Content, ContentWriter
-from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
-from avp_agents.engine.vllm.served_model import ServedModel
+from avp_agents.vllm.content_parts import PLACEHOLDER, Content, ContentWriter
+from avp_agents.vllm.lineage_prompt import LineagePrompt
+from avp_agents.vllm.served_model import ServedModel
 
 
 @pytest.fixture(scope="module")

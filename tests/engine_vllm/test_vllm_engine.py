@@ -13,11 +13,8 @@ from fake_vllm import WINDOW, FakeBackend
 from vllm_cases import FINGERPRINT, thought_behind
 
 from avp_agents import Context, Engine, LatentSegment, MemoryStore, TokenSegment
+from avp_agents.answer.grammar import Grammar
 from avp_agents.context import SplicedSegment
-from avp_agents.engine.grammar import Grammar
-from avp_agents.engine.vllm import VllmEngine
-from avp_agents.engine.vllm.plugin.kv_request import KvRequest
-from avp_agents.engine.vllm.served_model import ServedModel
 from avp_agents.errors import (
     AvpError,
     ConfigurationError,
@@ -30,6 +27,9 @@ from avp_agents.errors import (
     UnsupportedModelError,
 )
 from avp_agents.kv_cache import HostKv
+from avp_agents.vllm import VllmEngine
+from avp_agents.vllm.plugin.kv_request import KvRequest
+from avp_agents.vllm.served_model import ServedModel
 
 
 class Vllm:

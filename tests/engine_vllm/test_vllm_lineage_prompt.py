@@ -8,8 +8,8 @@ from vllm_cases import HIDDEN, thought_behind
 
 from avp_agents import LatentSegment, TokenSegment
 from avp_agents.context import SplicedSegment
-from avp_agents.engine.vllm.lineage_prompt import LineagePrompt
 from avp_agents.errors import UnsupportedModelError
+from avp_agents.vllm.lineage_prompt import LineagePrompt
 
 
 def test_latents_stand_in_their_places() -> None:

@@ -13,8 +13,8 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: se
 from vllm_cases import STEPS, Reference, review, solve
 
 from avp_agents import LatentEngine, LatentSegment, MemoryStore, Namespace
-from avp_agents.engine.grammar import Grammar
-from avp_agents.engine.vllm import VllmEngine
+from avp_agents.answer.grammar import Grammar
+from avp_agents.vllm import VllmEngine
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,6 @@ import pytest
 from fake_vllm import WINDOW, FakeServer, serve
 
 from avp_agents import Context, MemoryStore, Namespace
-from avp_agents.engine.vllm import VllmEngine
-from avp_agents.engine.vllm.served_model import ServedModel
-from avp_agents.engine.vllm.server import Address, Server
 from avp_agents.errors import (
     AuthenticationError,
     AvpError,
@@ -21,6 +18,9 @@ from avp_agents.errors import (
     ModelNotFoundError,
     TransportError,
 )
+from avp_agents.vllm import VllmEngine
+from avp_agents.vllm.served_model import ServedModel
+from avp_agents.vllm.server import Address, Server
 
 
 @pytest.fixture(scope="module")

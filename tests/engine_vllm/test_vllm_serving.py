@@ -20,10 +20,10 @@ pytest.importorskip("obstore", reason="needs the extra `objects`")
 from vllm_cases import STEPS, TOKENS, Reference, review, solve, without_kv
 
 from avp_agents import Context, LatentEngine, TokenSegment
-from avp_agents.engine.base import GenerateOptions
-from avp_agents.engine.vllm import VllmEngine
-from avp_agents.engine.vllm.plugin.options import plugin_arguments
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.store import open_store
+from avp_agents.vllm import VllmEngine
+from avp_agents.vllm.plugin.options import plugin_arguments
 
 START_SECONDS = 240
 

@@ -18,7 +18,7 @@ import test_chat_model_integration as standard
 from langchain_core.messages import AIMessage, HumanMessage
 
 from avp_agents import MemoryStore, Namespace
-from avp_agents.engine.vllm import VllmEngine
+from avp_agents.vllm import VllmEngine
 from avp_langgraph import AvpChatModel
 
 LONG_QUESTION = HumanMessage(" ".join(f"Spider {n} has eight legs." for n in range(1, 25)) + " How many are that?")

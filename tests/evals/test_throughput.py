@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from avp_agents import LatentEngine, MemoryStore
 from avp_agents.cli import app
-from avp_agents.engine.base import Engine
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import EngineClosedError
 from avp_agents.evals.throughput import Arm, Work, arms, measure
 

@@ -10,9 +10,9 @@ from engines_of_two_models import Engines
 
 from avp_agents import LatentEngine
 from avp_agents.context import Context, LatentSegment, TokenSegment
+from avp_agents.crossing import ByteDistribution, SpokenMessage, Thought
+from avp_agents.crossing.thought import TELL
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError
-from avp_agents.projection import ByteDistribution, SpokenMessage, Thought
-from avp_agents.projection.thought import TELL
 from avp_agents.protocol import handshake as handshake_module
 
 FACT = "the lazy dog rests under the old tree"

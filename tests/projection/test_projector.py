@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from avp_agents.crossing import ByteDistribution, Projector, TokenBytes, express, shared_vocabulary
 from avp_agents.errors import ProjectionError
-from avp_agents.projection import ByteDistribution, Projector, TokenBytes, express, shared_vocabulary
 
 MEAN_NORM = 3.0
 SOURCE = TokenBytes((b"a", None, b"b", b"c"))

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avp_agents.crossing import ByteDistribution, SpokenMessage, Thought
 from avp_agents.errors import ProjectionError
-from avp_agents.projection import ByteDistribution, SpokenMessage, Thought
 
 DISTRIBUTION = ByteDistribution((b" the", b"\n", b"\xc3"), (0.5, 0.25, 0.125))
 THOUGHT = Thought("a" * 64, "b" * 64, (DISTRIBUTION,), (SpokenMessage("user", "Wie heißt es?"),))

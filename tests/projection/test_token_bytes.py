@@ -10,8 +10,8 @@ from prompt_tokenizers import byte_tokenizer, chatml
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from avp_agents.crossing import TokenBytes, cached_shared_vocabulary, read_token_bytes, shared_vocabulary
 from avp_agents.errors import UnsupportedModelError
-from avp_agents.projection import TokenBytes, cached_shared_vocabulary, read_token_bytes, shared_vocabulary
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:

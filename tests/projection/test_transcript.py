@@ -9,8 +9,8 @@ from prompt_tokenizers import CHATML_WITH_TOOLS, PLAIN, QWEN_3, TINY, USER_TURNS
 from transformers import PreTrainedTokenizerBase
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
-from avp_agents.engine.prompt import PromptRenderer
-from avp_agents.projection.transcript import TranscriptReader
+from avp_agents.crossing.transcript import TranscriptReader
+from avp_agents.prompt.plan import PromptRenderer
 
 TEMPLATES = TINY | {
     "tools": lambda: chatml(CHATML_WITH_TOOLS),

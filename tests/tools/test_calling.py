@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from avp_agents.engine.grammar import Grammar, GrammarCompiler
-from avp_agents.engine.tool_format import GENERIC
+from avp_agents.answer import MAX_CALLS, ToolCalling, ToolSpec, json_grammar, json_instruction
+from avp_agents.answer.grammar import Grammar, GrammarCompiler
+from avp_agents.answer.tool_format import GENERIC
 from avp_agents.errors import ConfigurationError, GrammarError
-from avp_agents.tools import MAX_CALLS, ToolCalling, ToolSpec, json_grammar, json_instruction
 
 WEATHER = ToolSpec(
     "get_weather",

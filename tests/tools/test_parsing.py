@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avp_agents.engine.tool_format import GENERIC
-from avp_agents.tools import CallDelta, TextDelta, ToolCallParser
+from avp_agents.answer import CallDelta, TextDelta, ToolCallParser
+from avp_agents.answer.tool_format import GENERIC
 
 ONE = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
 CUT_OFF = ONE.partition("}}")[0]

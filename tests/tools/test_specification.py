@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from avp_agents.answer import MAX_ARRAY_ITEMS, MAX_STRING_LENGTH, ToolSpec, bounded_schema
+from avp_agents.answer.json_bounds import MAX_INTEGER
 from avp_agents.errors import ConfigurationError
-from avp_agents.tools import MAX_ARRAY_ITEMS, MAX_STRING_LENGTH, ToolSpec, bounded_schema
-from avp_agents.tools.bounds import MAX_INTEGER
 
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}}
 

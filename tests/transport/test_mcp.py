@@ -21,6 +21,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.server.mcpserver import MCPServer
 
 from avp_agents import LatentEngine
+from avp_agents.crossing.thought import Thought
 from avp_agents.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -31,7 +32,6 @@ from avp_agents.errors import (
     LimitExceededError,
     TransportError,
 )
-from avp_agents.projection.thought import Thought
 from avp_agents.protocol.handshake import CrossingMode
 from avp_agents.transport import RemoteEngine
 from avp_agents.transport.mcp import EXTENSION, McpContexts, mount

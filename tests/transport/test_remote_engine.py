@@ -14,7 +14,7 @@ from langchain_core.messages import HumanMessage
 from serving import free_port
 
 from avp_agents import Engine, LatentEngine, LatentSegment, MemoryStore, Namespace
-from avp_agents.engine.base import GenerateOptions
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.errors import (
     AuthenticationError,
     ConfigurationError,

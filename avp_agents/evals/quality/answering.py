@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.context import Context
-from avp_agents.engine.base import GenerateOptions, JoinStrategy, Prompt
+from avp_agents.crossing.thought import TELL
 from avp_agents.engine.latent_engine import LatentEngine
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import ConfigurationError
 from avp_agents.evals.quality.arms import Arm
 from avp_agents.evals.quality.tasks import Item, Task
 from avp_agents.evals.quality.teams import TEAMS, Team
 from avp_agents.evals.quality.thoughts import Once
-from avp_agents.projection.thought import TELL
+from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.protocol import decode_context, encode_context, open_frame
 from avp_agents.store import MemoryStore
 from avp_agents.usage import Handoff, Usage

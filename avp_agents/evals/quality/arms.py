@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 from avp_agents.context import LatentMethod
-from avp_agents.engine.base import JoinStrategy
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import ConfigurationError
 from avp_agents.evals.quality.teams import TEAMS
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from avp_agents.context import Context
-from avp_agents.projection.thought import TELL, TELL_TOKENS, Thought
+from avp_agents.crossing.thought import TELL, TELL_TOKENS, Thought
 from avp_agents.protocol.handshake import CrossingMode, Shipment
 from avp_agents.store.base import AnyHandle
 from avp_agents.transport.client.remote_context import RemoteContext

@@ -15,10 +15,13 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
+from avp_agents.answer.generation import Chunk, Generation
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
+from avp_agents.answer.tool_format import ToolDefinition, ToolFormat
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, GenerateOptions, Generation, JoinStrategy, Message, Prompt, ThinkOptions
-from avp_agents.engine.tool_format import ToolDefinition, ToolFormat
+from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import RequestTimeoutError, TransportError
+from avp_agents.prompt.chat_messages import Message, Prompt
 from avp_agents.protocol.handshake import Link
 from avp_agents.store.base import AnyHandle, id_of_handle
 from avp_agents.transport.client.connection import Connection, Event, cancelling
@@ -42,7 +45,7 @@ PROBE_SECONDS = 0.02
 
 
 class RemoteEngine:
-    """Implements `avp_agents.engine.base.Engine` with the engine of a server. Thread-safe; works on any event loop.
+    """Implements `avp_agents.engine.protocol.Engine` with the engine of a server. Thread-safe; works on any event loop.
 
     Contexts stay on the server; a context here knows its lineage and fetches latent values when somebody looks. What a
     request made lasts there for an hour after its last use, unless ``store.put`` keeps it. Contexts that were made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from avp_agents.engine.tool_format import ToolFormat
+from avp_agents.answer.tool_format import ToolFormat
 from avp_agents.protocol.handshake import Hello
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.wire import tool_format_from_json

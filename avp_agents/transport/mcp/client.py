@@ -17,9 +17,9 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 from avp_agents.context import Context
+from avp_agents.crossing.thought import TELL
 from avp_agents.errors import AvpError, TransportError
 from avp_agents.handle import ContextHandle
-from avp_agents.projection.thought import TELL
 from avp_agents.protocol.handshake import CrossingMode, Hello, Link, LinkMeter, Shipment
 from avp_agents.protocol.limits import Limits
 from avp_agents.transport.arrival import Fetch, Offer, Payload, take_in

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from avp_agents.engine.grammar import Grammar
+from avp_agents.answer.grammar import Grammar
 from avp_agents.errors import ConfigurationError, ModelNotFoundError, PromptError
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.problems import Refusal

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
+from avp_agents.answer.generation import Chunk, Generation, TokenLogprob
 from avp_agents.context import Context
-from avp_agents.engine.base import Chunk, Generation, TokenLogprob
 from avp_agents.errors import AvpError, ModelNotFoundError
 from avp_agents.handle import ContextHandle
 from avp_agents.transport.problems import Refusal, error_json, status_of

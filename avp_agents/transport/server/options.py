@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, cast, get_args
 
-from avp_agents.engine.base import GenerateOptions, ThinkOptions
-from avp_agents.engine.grammar import Grammar, GrammarKind
+from avp_agents.answer.grammar import Grammar, GrammarKind
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.errors import ConfigurationError
 from avp_agents.transport.json_fields import Fields
 

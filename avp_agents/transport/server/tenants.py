@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from avp_agents.context import Context
-from avp_agents.engine.base import Engine, Prompt
 from avp_agents.engine.crossing import Crossing
+from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError, PromptError, RequestCancelledError, StoreFullError
 from avp_agents.handle import ContextHandle
+from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.store import ContextStore
 from avp_agents.transport.server.limits import ServerLimits
 from avp_agents.transport.wire import ContextDescription, describe

@@ -1,0 +1,220 @@
+"""From a caller's prompt and options to a sequence that the scheduler can run: rendering, checks, limits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any
+
+from avp_agents.answer.detokenizer import TextStream
+from avp_agents.answer.grammar import Constraint, Grammar
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
+from avp_agents.answer.reasoning import CLOSING
+from avp_agents.context import Context, LatentRecipe
+from avp_agents.engine.core.request import Event, Request
+from avp_agents.engine.core.sampling import RowSampler, SamplingParams
+from avp_agents.engine.core.sequence import Answering, Replaying, Thinking
+from avp_agents.engine.foreign import check_fingerprint
+from avp_agents.engine.join import Joiner, Joining
+from avp_agents.engine.protocol import JoinStrategy
+from avp_agents.engine.reception import Reception
+from avp_agents.engine.runtime import ModelRuntime
+from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, StoreError
+from avp_agents.kv_cache import HostKv
+from avp_agents.prompt.chat_messages import Prompt
+from avp_agents.prompt.plan import PromptPlan
+from avp_agents.store import ContextStore
+from avp_agents.usage import Handoff
+
+DEGENERATE_STEPS = 40
+_THINK_OPTIONS = tuple(ThinkOptions.__annotations__)
+_NOT_LATENT = ("chat_template_kwargs", "tools", "timeout", "source")
+
+Deliver = Callable[[Event], None]
+
+
+class RequestBuilder:
+    """Makes sequences for one model. Everything that can be checked before work starts is checked here.
+
+    Args:
+        runtime: The model.
+        store: Where evicted KV-caches may be.
+        model_path: The model's name, for messages.
+    """
+
+    def __init__(self, runtime: ModelRuntime, store: ContextStore, model_path: str) -> None:
+        self._runtime, self._store, self._model_path = runtime, store, model_path
+        self._reception = Reception(runtime, store)
+
+    def thinking(
+        self,
+        prompt: Prompt,
+        steps: int,
+        context: Context | None,
+        options: ThinkOptions,
+        deliver: Deliver,
+    ) -> Thinking:
+        """A think request. See `LatentEngine.think`."""
+        if unknown := sorted(set(options) - set(_THINK_OPTIONS)):
+            raise ConfigurationError(f"Unknown option {unknown[0]!r}; known options: {', '.join(_THINK_OPTIONS)}.")
+        runtime = self._runtime
+        latent: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_LATENT}
+        recipe = runtime.latent_step.recipe(steps, **latent)
+        runtime.prepare(recipe)
+        if steps > DEGENERATE_STEPS:
+            warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
+        plan, crossed = self._plan(prompt, context, options)
+        plan.check_window(self._runtime.window, recipe.steps)
+        request = self._prompt_request(plan, crossed, options, deliver)
+        return Thinking(request, recipe, _looks_at_logits(runtime, recipe))
+
+    def answering(
+        self, prompt: Prompt, context: Context | None, options: GenerateOptions, deliver: Deliver
+    ) -> Answering:
+        """A generate request. See `LatentEngine.generate`."""
+        runtime = self._runtime
+        vocabulary = runtime.loaded.vocabulary
+        stop_ids = runtime.renderer.stop_ids
+        params = SamplingParams.from_options(options, vocab_limit=vocabulary.size, eos_token_ids=stop_ids)
+        plan, crossed = self._plan(prompt, context, options)
+        max_tokens = params.token_budget(runtime.window - len(plan))
+        plan.check_window(self._runtime.window, max(1, max_tokens))
+        request = self._prompt_request(plan, crossed, options, deliver)
+        base_ids = plan.base.token_ids() if plan.base is not None else ()
+        constraint = self._constraint(options.get("grammar"), plan, max_tokens)
+        sampler = RowSampler(params, (*base_ids, *plan.token_ids), constraint)
+        skips = options.get("skip_special_tokens", True)
+        text = TextStream(runtime.tokenizer, params.stop, min_tokens=params.min_tokens, skip_special_tokens=skips)
+        split = plan.reasoning_split(marked=runtime.renderer.marks_reasoning)
+        return Answering(request, max_tokens, sampler, text, frozenset(params.stop_token_ids), split)
+
+    def replaying(self, context: Context, deliver: Deliver) -> Replaying:
+        """A replay request. See `LatentEngine.replay`."""
+        self.check_model(context)
+        return Replaying(self._request(context, (), "replay", deliver))
+
+    def _constraint(self, grammar: Grammar | None, plan: PromptPlan, max_tokens: int) -> Constraint | None:
+        """What the answer may be; reasoning that the prompt has opened stands before it."""
+        if grammar is None:
+            return None
+        after = CLOSING if plan.opens_reasoning else None
+        return self._runtime.grammars.constraint(grammar, max_tokens, after=after)
+
+    def joining(
+        self,
+        contexts: Seq[Context],
+        strategy: JoinStrategy,
+        timeout: float | None,
+        source: str,
+        deliver: Deliver,
+    ) -> Joining:
+        """A join request. See `LatentEngine.join`."""
+        received = [self._reception.receive_context(context) for context in contexts]
+        contexts = [context for context, _ in received]
+        notes = tuple(f"{handoff.mode}: {handoff.reason}" for _, handoff in received if handoff is not None)
+        joined = Joiner(self._runtime.renderer.whole_turns).join(contexts, strategy)
+        joined = replace(joined, notes=notes + joined.notes)
+        loaded, window = self._runtime.loaded, self._runtime.window
+        context = Context(loaded.fingerprint, loaded.dtype_name, joined.lineage)
+        if len(context) >= window:
+            raise ContextWindowError(window=window, context=len(context), prompt=0, requested=1)
+        request = self._request(context, (), "join", deliver)
+        _limit(request, timeout, source)
+        return Joining(request, joined)
+
+    def _plan(
+        self, prompt: Prompt, context: Context | None, options: ThinkOptions | GenerateOptions
+    ) -> tuple[PromptPlan, Handoff | None]:
+        """What to prefill, and how contexts of other models were received for it."""
+        received = self._reception.receive(prompt, context)
+        template_options = options.get("chat_template_kwargs")
+        tools = options.get("tools") or ()
+        plan = self._runtime.renderer.plan(
+            received.prompt, received.context, chat_template_kwargs=template_options, tools=tools
+        )
+        if plan.base is not None:
+            self.check_model(plan.base)
+        return plan, received.handoff
+
+    def _prompt_request(
+        self, plan: PromptPlan, crossed: Handoff | None, options: ThinkOptions | GenerateOptions, deliver: Deliver
+    ) -> Request:
+        # a prefix only saves work, so one of another model is simply of no use
+        prefix = plan.reuse if plan.reuse is not None and self._is_ours(plan.reuse) else None
+        request = self._request(plan.base, plan.token_ids, plan.relation, deliver, prefix)
+        request.notes, request.crossed = plan.notes, crossed
+        _limit(request, options.get("timeout"), options.get("source") or "")
+        return request
+
+    def _request(
+        self,
+        base: Context | None,
+        prompt_ids: tuple[int, ...],
+        relation: str,
+        deliver: Deliver,
+        prefix: Context | None = None,
+    ) -> Request:
+        loaded = self._runtime.loaded
+        host = next(((source, kv) for source in (prefix, base) if (kv := self._stored_kv(source))), None)
+        return Request(
+            model=(loaded.fingerprint, loaded.dtype_name),
+            store=self._store,
+            base=base,
+            prompt_ids=prompt_ids,
+            relation=relation,
+            prefix=prefix,
+            host_kv=host[1] if host else None,
+            host_context=host[0] if host else None,
+            deliver=deliver,
+        )
+
+    def _is_ours(self, context: Context) -> bool:
+        loaded = self._runtime.loaded
+        return (context.fingerprint, context.dtype) == (loaded.fingerprint, loaded.dtype_name)
+
+    def _stored_kv(self, context: Context | None) -> HostKv | None:
+        """The KV-cache of a context that is not in the pool, if its store has it."""
+        if context is None:
+            return None
+        kv = context.kv
+        if kv is None and (handle := context.handle) is not None:
+            try:
+                kv = self._store.get(handle).kv
+            except StoreError:
+                return None
+        return kv if isinstance(kv, HostKv) else None
+
+    def check_receivable(self, context: Context) -> None:
+        """Refuse a context that is neither this model's nor of one that an engine of this process runs.
+
+        Raises:
+            FingerprintMismatchError: It is one.
+        """
+        self._reception.check(context)
+
+    def check_model(self, context: Context) -> None:
+        """Refuse a context of another model or dtype.
+
+        Raises:
+            FingerprintMismatchError: It is one.
+        """
+        loaded = self._runtime.loaded
+        check_fingerprint(context, loaded.fingerprint, self._model_path)
+        if context.dtype != loaded.dtype_name:
+            raise FingerprintMismatchError(
+                f"The context was made in {context.dtype}, this engine runs {loaded.dtype_name}; give both one dtype."
+            )
+
+
+def _limit(request: Request, timeout: float | None, source: str) -> None:
+    if timeout is not None and timeout <= 0:
+        raise ConfigurationError(f"timeout must be positive, not {timeout}.")
+    request.source = source
+    request.deadline = request.submitted + timeout if timeout is not None else None
+
+
+def _looks_at_logits(runtime: ModelRuntime, recipe: LatentRecipe) -> bool:
+    """Whether every step needs logits: for f, for a stopping rule, or for the readout of a run that may end early."""
+    return runtime.latent_step.needs_logits(recipe) or recipe.stop_cosine is not None

@@ -1,0 +1,1 @@
+"""Messages and contexts in, token ids out."""
