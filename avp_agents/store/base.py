@@ -93,7 +93,7 @@ class ContextStore(ABC):
     def __init__(
         self, *, namespace: Namespace | str = "default", byte_budget: int | None = None, ttl: float | None = None
     ) -> None:
-        self.namespace = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+        self.namespace = Namespace.of(namespace)
         self.byte_budget = byte_budget
         self.ttl = ttl
 

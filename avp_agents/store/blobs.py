@@ -1,4 +1,4 @@
-"""What a store on a server needs of that server: named bytes of one namespace, and an order among writers.
+"""What a durable store needs of a folder or a server: named bytes of one namespace, and an order among writers.
 
 Small blobs are named ``kind/id``: ``handles``, ``pins``, ``segments``, ``kv`` (what a payload holds and which it is)
 and ``payloads`` (its bytes, where another server keeps it).
@@ -8,15 +8,18 @@ they never change and are written without holding anybody up.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Event, Lock, Thread
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from avp_agents.errors import StoreUnavailableError
+from avp_agents.errors import IntegrityError, StoreUnavailableError
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["handles", "pins", "segments", "kv", "payloads"]
 
@@ -28,15 +31,32 @@ PAUSE = 5.0
 
 
 class Blobs(ABC):
-    """One namespace's bytes on a server. Thread-safe.
+    """One namespace's bytes in a folder or on a server. Thread-safe.
 
-    Every method raises `StoreUnavailableError` where the server does not answer in time or refuses.
+    Every method raises `StoreUnavailableError` where a server does not answer in time or refuses, `StoreError` where a
+    file system does.
+
+    Args:
+        place: Where they are, for messages; without credentials.
 
     Attributes:
-        place: Where they are, for messages; without credentials.
+        place: As given.
+        integrity_failures: Records found torn or altered through this object.
+        cheap_to_read: Whether `prune` can afford to read every record, to find those that are torn.
     """
 
-    place: str
+    cheap_to_read: ClassVar[bool] = False
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.integrity_failures = 0
+        self._count_lock = Lock()
+
+    def report(self, what: str, reason: IntegrityError) -> None:
+        """Count and log a record that will be treated as absent."""
+        with self._count_lock:
+            self.integrity_failures += 1
+        log.warning("%s in %s is torn or altered (%s); it is treated as absent.", what, self.place, reason)
 
     @abstractmethod
     def read(self, names: Sequence[str]) -> list[bytes | None]:

@@ -13,10 +13,13 @@ import hmac
 import json
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from typing_extensions import override
 
 from avp_agents.errors import ConfigurationError, IntegrityError
 from avp_agents.kv_cache import HostKv
@@ -39,19 +42,40 @@ Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class KvPart:
-    """Positions ``start:stop`` of a KV-cache.
+class Extent(ABC):
+    """Where a segment's share of a KV-cache lies in the lineage.
 
     Attributes:
         start, stop: Which positions of the lineage.
         content: Digest of the lineage values up to this segment that the cache was computed from.
-        kv: The tensors, memory-mapped when they come from a file.
     """
 
     start: int
     stop: int
     content: str
+
+    @abstractmethod
+    def load(self) -> KvPart | None:
+        """The share itself; None where it is gone, or not authentic."""
+
+    def covers(self, other: Extent) -> bool:
+        """Whether it holds all positions that the other does, computed from the same values."""
+        return self.content == other.content and self.start <= other.start and other.stop <= self.stop
+
+
+@dataclass(frozen=True)
+class KvPart(Extent):
+    """Positions ``start:stop`` of a KV-cache.
+
+    Attributes:
+        kv: The tensors, memory-mapped when they come from a file.
+    """
+
     kv: HostKv
+
+    @override
+    def load(self) -> KvPart:
+        return self
 
     @property
     def geometry(self) -> tuple[Any, ...]:

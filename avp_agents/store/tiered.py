@@ -8,6 +8,8 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from avp_agents.context import Context
 from avp_agents.errors import (
     ConfigurationError,
@@ -18,11 +20,10 @@ from avp_agents.errors import (
 )
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
-from avp_agents.store.disk import DiskStore
-from avp_agents.store.lookups import Lookups
-from avp_agents.store.memory import MemoryStore
+from avp_agents.store.files import DiskStore
+from avp_agents.store.memory import MemoryStore, same_values
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.values import same_values
+from avp_agents.store.references import Lookups
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def default_store(namespace: Namespace | str = "default") -> TieredStore:
         NamespaceKeyError: The namespace's key cannot be used.
         StoreError: The folder cannot be created.
     """
-    tenant = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+    tenant = Namespace.of(namespace)
     return TieredStore(
         MemoryStore(namespace=tenant, byte_budget=DEFAULT_MEMORY_BYTES),
         DiskStore(namespace=tenant, byte_budget=DEFAULT_DISK_BYTES),
@@ -86,6 +87,7 @@ class TieredStore(ContextStore):
         self._lookups = Lookups()
         upper.spill_to(self._spill)
 
+    @override
     def put(
         self,
         context: Context,
@@ -96,7 +98,7 @@ class TieredStore(ContextStore):
         text: str = "",
         ttl: float | None = None,
     ) -> ContextHandle:
-        """See `ContextStore.put`. The lineage is in the lower tier when this returns, the KV-cache in the upper."""
+        """The lineage is in the lower tier when this returns, the KV-cache in the upper."""
         try:
             return self._put_below(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
         except StoreUnavailableError as error:
@@ -105,8 +107,9 @@ class TieredStore(ContextStore):
             self._owed[handle.id] = _Owed(kv, scope, agent, text, ttl)
             return handle
 
+    @override
     def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
-        """See `ContextStore.get`. What only the lower tier has is promoted."""
+        """What only the lower tier has is promoted."""
         try:
             context = self._find(id_of_handle(handle), scope)
         except ContextLostError:
@@ -115,37 +118,39 @@ class TieredStore(ContextStore):
         self._lookups.count(hit=True)
         return context
 
+    @override
     def contains(self, handle: AnyHandle) -> bool:
-        """See `ContextStore.contains`."""
         try:
             self._settle(id_of_handle(handle))
             return self.lower.contains(handle) or (self.upper.contains(handle) and self.lower.touch(handle))
         except StoreUnavailableError:
             return self.upper.contains(handle)
 
+    @override
     def touch(self, handle: AnyHandle) -> bool:
-        """See `ContextStore.touch`."""
         above = self.upper.touch(handle)
         try:
             return self.lower.touch(handle)
         except StoreUnavailableError:
             return above
 
+    @override
     def delete(self, handle: AnyHandle) -> bool:
-        """See `ContextStore.delete`."""
         found = self.lower.delete(handle)
         owed = self._owed.pop(id_of_handle(handle), None)
         self.upper.delete(handle)
         return found or owed is not None
 
+    @override
     def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
-        """See `ContextStore.discard`. Reports what left the lower tier."""
+        """Reports what left the lower tier."""
         report = self.lower.discard(handles, idle=idle, dry_run=dry_run)
         self._forget_above()
         return report
 
+    @override
     def add_kv(self, context: Context) -> bool:
-        """See `ContextStore.add_kv`. It goes to the upper tier where that has the context, else to the lower."""
+        """It goes to the upper tier where that has the context, else to the lower."""
         try:
             if not self.lower.contains(context.to_handle()):
                 return False
@@ -153,34 +158,36 @@ class TieredStore(ContextStore):
             return self.upper.add_kv(context)
         return self.upper.add_kv(context) or self.lower.add_kv(context)
 
+    @override
     def drop_kv(self, handle: AnyHandle) -> int:
-        """See `ContextStore.drop_kv`."""
         return self.upper.drop_kv(handle) + self.lower.drop_kv(handle)
 
+    @override
     def pin(self, handle: AnyHandle) -> None:
-        """See `ContextStore.pin`."""
         self.lower.pin(handle)
         with contextlib.suppress(ContextLostError):
             self.upper.pin(handle)
 
+    @override
     def unpin(self, handle: AnyHandle) -> None:
-        """See `ContextStore.unpin`."""
         self.lower.unpin(handle)
         self.upper.unpin(handle)
 
+    @override
     def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
-        """See `ContextStore.list`."""
         return self.lower.list(scope=scope)
 
+    @override
     def prune(self) -> PruneReport:
-        """See `ContextStore.prune`. Reports what left the lower tier."""
+        """Reports what left the lower tier."""
         self.upper.prune()
         report = self.lower.prune()
         self._forget_above()
         return report
 
+    @override
     def stats(self) -> StoreStats:
-        """See `ContextStore.stats`. Contexts, segments and pins are the lower tier's; bytes are those of both."""
+        """Contexts, segments and pins are the lower tier's; bytes are those of both."""
         upper, lower = self.upper.stats(), self.lower.stats()
         hits, misses = self._lookups.counts()
         return StoreStats(
@@ -196,6 +203,7 @@ class TieredStore(ContextStore):
             integrity_failures=upper.integrity_failures + lower.integrity_failures,
         )
 
+    @override
     def close(self) -> None:
         """Close both tiers."""
         self.upper.close()

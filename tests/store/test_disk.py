@@ -16,7 +16,8 @@ from safetensors import safe_open
 from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreError
 from avp_agents.kv_cache import HostKv
-from avp_agents.store import DiskStore, Namespace, durable
+from avp_agents.store import DiskStore, Namespace
+from avp_agents.store import files as store_files
 from avp_agents.testing import ContextStoreConformance, make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage, thread_of
 from avp_agents.testing.store_suite import OTHER_NAME, TENANT
@@ -249,7 +250,7 @@ def test_a_full_disk_is_reported_and_tears_nothing(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(durable.os, "fsync", full)
+        patched.setattr(store_files.os, "fsync", full)
         with pytest.raises(StoreError, match="No space left"):
             store.put(make_context())
 

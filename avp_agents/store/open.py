@@ -15,9 +15,9 @@ from avp_agents.store.mooncake import MooncakeStore
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.objects import SCHEMES as OBJECT_SCHEMES
 from avp_agents.store.objects import ObjectStore
+from avp_agents.store.record_store import RecordStore
 from avp_agents.store.redis import SCHEMES as REDIS_SCHEMES
 from avp_agents.store.redis import RedisStore
-from avp_agents.store.shared import SharedStore
 from avp_agents.store.tiered import DEFAULT_MEMORY_BYTES, TieredStore
 
 _MOONCAKE = "mooncake+"
@@ -45,14 +45,14 @@ def open_store(url: str, namespace: Namespace | str = "default", *, share_kv: bo
     Example:
         >>> engine = LatentEngine.from_pretrained(store=open_store("redis://10.0.0.5:6379/0"))
     """
-    tenant = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+    tenant = Namespace.of(namespace)
     encryption = Encryption.from_environment() if os.environ.get(KEY_VARIABLE) else None
     lower = _lower(url, tenant, encryption)
     upper = MemoryStore(namespace=tenant, byte_budget=DEFAULT_MEMORY_BYTES)
     return TieredStore(upper, lower, share_kv=share_kv or isinstance(lower, MooncakeStore))
 
 
-def _lower(url: str, tenant: Namespace, encryption: Encryption | None) -> SharedStore:
+def _lower(url: str, tenant: Namespace, encryption: Encryption | None) -> RecordStore:
     if url.startswith(_MOONCAKE):
         lineage_url, options = _mooncake_options(url.removeprefix(_MOONCAKE))
         return MooncakeStore(_lower(lineage_url, tenant, encryption), **options)

@@ -1,21 +1,22 @@
-"""The durable form of one segment: its values, how they were made, and which segment it follows.
+"""The durable form of segments, handles and shares of KV-caches: one msgpack map each, with its version and a MAC.
 
-    magic "AVPS1\\n"   6 bytes
-    header length     uint32
-    header            msgpack map: version, fingerprint, dtype, parent, form, readout
-    payload           int32 token ids, or embeddings [positions, hidden]; of a splice those of its parts, in order
-    readout           where a stored context ends here: hidden state, int32 token ids, float32 probabilities
-    MAC               32 bytes, keyed BLAKE2b over the segment's id and all before
+The MAC is over the record's kind, its id and all its bytes, so that no record can take another's place.
 
-The form is a map: kind ("tokens", "latent", "spliced") and positions; of latent steps also recipe, hidden and origin;
-of a splice also prefix and the parts' forms. Everything is little-endian; bfloat16 and float16 are kept bit for bit.
+A segment's values are one byte string (``body``), everything in it little-endian: int32 token ids, or embeddings
+[positions, hidden], of a splice those of its parts, in order; then, where a stored context ends here, the readout:
+hidden state, int32 token ids, float32 probabilities. bfloat16 and float16 are kept bit for bit. Its ``form`` is a map:
+kind ("tokens", "latent", "spliced") and positions; of latent steps also recipe, hidden and origin; of a splice also
+prefix and the parts' forms.
+
+The scope is not in a handle's record: the handle's id is a digest of recipe and scope, so a scope can be checked but
+not read.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import msgpack
@@ -23,15 +24,14 @@ import numpy as np
 
 from avp_agents.context import LatentRecipe, LatentSegment, Readout, Segment, SplicedSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, IntegrityError
-from avp_agents.store.namespace import MAC_BYTES, Namespace
+from avp_agents.handle import ContextHandle
+from avp_agents.store.namespace import Namespace
 
 if TYPE_CHECKING:
     import torch
 
-MAGIC = b"AVPS1\n"
-VERSION = 2
+VERSION = 3
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_PREFIX = struct.Struct("<6sI")
 
 
 @dataclass(frozen=True)
@@ -41,58 +41,119 @@ class SegmentRecord:
     Attributes:
         segment: Token ids, latent embeddings, or a splice of both.
         fingerprint, dtype: The model's.
-        parent: Id of the segment before it, None for the first.
         readout: That of the context that ends here, if one was stored.
     """
 
     segment: Segment
     fingerprint: str
     dtype: str
-    parent: str | None
     readout: Readout | None
 
 
+@dataclass(frozen=True)
+class HandleRecord:
+    """A stored handle.
+
+    Attributes:
+        handle: As it was first returned.
+        recipe_id: The recipe of the context it stands for.
+        ttl: Seconds after its last use; None where the store's own applies.
+        stored: When it was put, in seconds since the epoch.
+        segments: Ids of the lineage's segments, in order.
+    """
+
+    handle: ContextHandle
+    recipe_id: str
+    ttl: float | None
+    stored: float
+    segments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KvRecord:
+    """Positions ``start:stop`` of a KV-cache, stored elsewhere.
+
+    Attributes:
+        start, stop: Which positions of the lineage.
+        content: Digest of the lineage values up to this segment that the cache was computed from.
+        payload: The name its bytes are stored under.
+        size: Those bytes, as stored.
+    """
+
+    start: int
+    stop: int
+    content: str
+    payload: str
+    size: int
+
+
+def encode_handle(record: HandleRecord, namespace: Namespace) -> bytes:
+    """A handle's bytes."""
+    return _encode(asdict(record), "handle:" + record.handle.id, namespace)
+
+
+def decode_handle(data: bytes, handle_id: str, namespace: Namespace) -> HandleRecord:
+    """The record that `data` holds. Nothing of it is used before its MAC is checked; so it is for all records.
+
+    Raises:
+        IntegrityError: The bytes are torn, altered, another handle's, or of a version this release does not know.
+    """
+    fields = _decode(data, "handle:" + handle_id, namespace)
+    fields["handle"], fields["segments"] = ContextHandle(**fields["handle"]), tuple(fields["segments"])
+    return HandleRecord(**fields)
+
+
+def encode_kv_record(record: KvRecord, segment_id: str, namespace: Namespace) -> bytes:
+    """The bytes of what is known of a segment's share of a KV-cache."""
+    return _encode(asdict(record), "kv-record:" + segment_id, namespace)
+
+
+def decode_kv_record(data: bytes, segment_id: str, namespace: Namespace) -> KvRecord:
+    """The record that `data` holds.
+
+    Raises:
+        IntegrityError: The bytes are torn, altered, another segment's, or of a version this release does not know.
+    """
+    return KvRecord(**_decode(data, "kv-record:" + segment_id, namespace))
+
+
 def encode_segment(record: SegmentRecord, segment_id: str, namespace: Namespace) -> bytes:
-    """A record's bytes.
+    """A segment's bytes.
 
     Raises:
         ConfigurationError: Ids are not int32 >= 0, or a tensor has the wrong shape or dtype or is not finite.
     """
     readout = record.readout
-    header = {
-        "version": VERSION,
+    fields = {
         "fingerprint": record.fingerprint,
         "dtype": record.dtype,
-        "parent": record.parent,
         "form": _form(record.segment),
         "readout": [readout.hidden.numel(), readout.token_ids.numel()] if readout is not None else None,
+        "body": payload_bytes(record.segment, record.dtype)
+        + (_readout_bytes(readout, record.dtype) if readout is not None else b""),
     }
-    packed = cast(bytes, msgpack.packb(header))
-    body = payload_bytes(record.segment, record.dtype)
-    if readout is not None:
-        body += _readout_bytes(readout, record.dtype)
-    content = _PREFIX.pack(MAGIC, len(packed)) + packed + body
-    return namespace.signed(content, _label(segment_id))
+    return _encode(fields, "segment:" + segment_id, namespace)
 
 
 def decode_segment(data: bytes, segment_id: str, namespace: Namespace) -> SegmentRecord:
-    """The record that `data` holds. Nothing of it is used before its MAC is checked.
+    """The record that `data` holds; sizes and values are checked too, though they are authentic.
 
     Raises:
         IntegrityError: The bytes are torn, altered, another segment's, or of a version this release does not know.
     """
-    if len(data) < _PREFIX.size + MAC_BYTES:
-        raise IntegrityError(f"{len(data)} bytes are too few for a segment record")
-    content = data[:-MAC_BYTES]
-    magic, header_length = _PREFIX.unpack_from(content)
-    if magic != MAGIC or header_length > len(content) - _PREFIX.size:
-        raise IntegrityError("not a segment record")
-    namespace.verified(data, _label(segment_id))
-    start = _PREFIX.size + header_length
-    header = msgpack.unpackb(content[_PREFIX.size : start])
-    if header["version"] != VERSION:
-        raise IntegrityError(f"record version {header['version']} is unknown to this release")
-    return _parse(header, content[start:])
+    fields = _decode(data, "segment:" + segment_id, namespace)
+    cursor, dtype = _Cursor(fields["body"]), fields["dtype"]
+    segment = _parse_segment(fields["form"], cursor, dtype)
+    readout = None
+    if fields["readout"] is not None:
+        hidden, k = fields["readout"]
+        readout = Readout(
+            hidden=cursor.floats((hidden,), dtype),
+            token_ids=cursor.token_ids_tensor(k),
+            probabilities=cursor.floats((k,), "float32"),
+        )
+    cursor.finish()
+    return SegmentRecord(segment, fields["fingerprint"], dtype, readout)
 
 
 def payload_bytes(segment: Segment, dtype: str) -> bytes:
@@ -109,6 +170,22 @@ def payload_bytes(segment: Segment, dtype: str) -> bytes:
     ids = np.asarray(segment.token_ids, dtype=np.int64)
     _require(ids.size == 0 or (ids.min() >= 0 and ids.max() < 2**31), "Token ids must lie in 0 .. 2**31 - 1.")
     return ids.astype("<i4").tobytes()
+
+
+def _encode(fields: Mapping[str, Any], label: str, namespace: Namespace) -> bytes:
+    return namespace.signed(cast(bytes, msgpack.packb({"version": VERSION, **fields})), label)
+
+
+def _decode(data: bytes, label: str, namespace: Namespace) -> dict[str, Any]:
+    content = namespace.verified(data, label)
+    try:
+        fields = msgpack.unpackb(content)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise IntegrityError("not a record of a form this release knows") from error
+    version = fields.pop("version", None) if isinstance(fields, dict) else None
+    if version != VERSION:
+        raise IntegrityError(f"record version {version} is unknown to this release")
+    return fields
 
 
 def _form(segment: Segment) -> dict[str, Any]:
@@ -145,27 +222,6 @@ def _float_bytes(tensor: torch.Tensor, dtype: str, what: str) -> bytes:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigurationError(message)
-
-
-def _label(segment_id: str) -> str:
-    return "segment:" + segment_id
-
-
-def _parse(header: dict[str, Any], body: bytes) -> SegmentRecord:
-    """Header and body, authentic by now, as a record; sizes and values are checked all the same."""
-    cursor = _Cursor(body)
-    dtype = header["dtype"]
-    segment = _parse_segment(header["form"], cursor, dtype)
-    readout = None
-    if header["readout"] is not None:
-        hidden, k = header["readout"]
-        readout = Readout(
-            hidden=cursor.floats((hidden,), dtype),
-            token_ids=cursor.token_ids_tensor(k),
-            probabilities=cursor.floats((k,), "float32"),
-        )
-    cursor.finish()
-    return SegmentRecord(segment, header["fingerprint"], dtype, header["parent"], readout)
 
 
 def _parse_segment(form: dict[str, Any], cursor: _Cursor, dtype: str) -> Segment:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from avp_agents.store.census import Census, StoredHandle
+from avp_agents.store.references import References, StoredHandle
 
 LINEAGE_BYTES, KV_BYTES = 1, 10
 
 
-def census(*lineages: str, pinned: str = "", orphans: str = "", torn: str = "") -> Census:
+def census(*lineages: str, pinned: str = "", orphans: str = "", torn: str = "") -> References[StoredHandle]:
     """A store with one handle per lineage, named like it, used in this order; every segment has a KV file."""
     chains = [*lineages, orphans]
     parents = {b: a for chain in chains for a, b in pairwise(chain)}
     segments = {segment for chain in chains for segment in chain if segment not in torn}
     handles = {chain: StoredHandle(chain[-1], float(use), chain == pinned) for use, chain in enumerate(lineages)}
-    return Census(
+    return References(
         handles,
         {segment: parents.get(segment) for segment in segments},
         dict.fromkeys(segments, LINEAGE_BYTES),
@@ -44,7 +44,7 @@ def test_a_handle_in_the_middle_takes_nothing_along() -> None:
 
 
 def test_two_handles_of_one_segment_both_use_it() -> None:
-    found = Census(
+    found = References(
         {"one": StoredHandle("a", 0, False), "two": StoredHandle("a", 1, False)}, {"a": None}, {"a": 1}, {"a": 10}
     )
 
@@ -64,7 +64,7 @@ def test_orphans_go_followers_first() -> None:
 
 
 def test_kv_without_a_segment_is_an_orphan() -> None:
-    found = Census({}, {}, {}, {"a": 10})
+    found = References({}, {}, {}, {"a": 10})
 
     found.release_orphans()
 
@@ -131,7 +131,7 @@ def test_a_handle_that_frees_nothing_goes_after_those_that_do() -> None:
 
 
 def test_two_handles_of_one_segment_go_when_nothing_else_can() -> None:
-    found = Census(
+    found = References(
         {"one": StoredHandle("a", 0, False), "two": StoredHandle("a", 1, False)}, {"a": None}, {"a": 1}, {"a": 10}
     )
 
