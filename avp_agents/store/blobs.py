@@ -85,6 +85,10 @@ class Blobs(ABC):
     def sizes(self, kind: Kind) -> dict[str, int]:
         """Bytes of all small blobs of a kind, by id."""
 
+    def ids(self, kind: Kind) -> list[str]:
+        """All small blobs of a kind."""
+        return list(self.sizes(kind))
+
     @abstractmethod
     def use(self, handle_id: str) -> None:
         """Note a handle's use as of now."""
@@ -93,24 +97,25 @@ class Blobs(ABC):
     def uses(self, handle_id: str | None = None) -> dict[str, float]:
         """When handles (one, or all) were last used, by the clock of `now`."""
 
-    @abstractmethod
-    def forget_uses(self, handle_ids: Sequence[str]) -> None:
+    def forget_uses(self, handle_ids: Sequence[str]) -> None:  # noqa: B027  (nothing to do where uses go with handles)
         """Forget when handles were used. Within `removing`."""
 
-    @abstractmethod
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Seconds since the epoch; by this machine's clock, unless the place has one."""
+        return time.time()
 
     @abstractmethod
     def writing(self) -> AbstractContextManager[None]:
         """Held while blobs are written: nobody is within `removing` meanwhile, but others may be within `writing`."""
 
-    @abstractmethod
     def removing(self) -> AbstractContextManager[None]:
-        """Held while blobs are removed: nobody else is within `writing` or `removing` meanwhile. Includes `writing`."""
+        """Held while blobs are removed: nobody else is within `writing` or `removing` meanwhile. Includes `writing`.
 
-    @abstractmethod
-    def close(self) -> None:
+        The same as `writing` where only one writes at a time.
+        """
+        return self.writing()
+
+    def close(self) -> None:  # noqa: B027  (a folder holds nothing open)
         """Close connections."""
 
 
@@ -137,9 +142,12 @@ class Payloads(ABC):
     def payload_sizes(self) -> dict[str, int]:
         """Bytes of all payloads, by name."""
 
-    @abstractmethod
     def remove_abandoned(self, referred: set[str]) -> None:
-        """Remove payloads that nothing refers to, unless something may yet. Within `Blobs.removing`."""
+        """Remove payloads that nothing refers to, unless something may yet. Within `Blobs.removing`.
+
+        Whoever is still writing a payload has not kept it yet, so that it is not among those that have a size.
+        """
+        self.remove_payloads([name for name in self.payload_sizes() if name not in referred])
 
     @abstractmethod
     def close(self) -> None:
@@ -216,6 +224,17 @@ def rechunked(parts: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]
         pending += view
     if pending:
         yield bytes(pending)
+
+
+def gathered(size: int, chunk: Callable[[int], bytes | None]) -> bytearray | None:
+    """The `size` bytes whose pieces of `PAYLOAD_CHUNK` are `chunk(0)`, `chunk(1)`, ...; None unless all are there."""
+    data = bytearray(size)
+    for index, start in enumerate(range(0, size, PAYLOAD_CHUNK)):
+        piece = chunk(index)
+        if piece is None or len(piece) != min(PAYLOAD_CHUNK, size - start):
+            return None
+        data[start : start + len(piece)] = piece
+    return data
 
 
 def redacted(url: str) -> str:

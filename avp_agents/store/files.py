@@ -38,7 +38,7 @@ from avp_agents.store.namespace import Namespace
 from avp_agents.store.record_store import RecordStore
 
 _TEMPORARY_PREFIX = ".tmp-"
-_NAME = re.compile(r"([0-9a-f]{32}(?:-[0-9a-f]{16})?)(\.[a-z]+)")
+_ID = re.compile(r"[0-9a-f]{32}(?:-[0-9a-f]{16})?")
 _PLACES: dict[str, tuple[str, str]] = {
     "handles": ("handles", ".handle"),
     "pins": ("handles", ".pin"),
@@ -147,7 +147,12 @@ class FileBlobs(Blobs):
     @override
     @_file_errors()
     def sizes(self, kind: Kind) -> dict[str, int]:
-        return {own_id: status.st_size for own_id, status in self._listed(kind)}
+        return {own_id: status.st_size for own_id, status in self._statuses(kind).items()}
+
+    @override
+    @_file_errors()
+    def ids(self, kind: Kind) -> list[str]:
+        return [own_id for own_id, _ in self._entries(kind)]
 
     @override
     @_file_errors()
@@ -161,19 +166,11 @@ class FileBlobs(Blobs):
     @_file_errors()
     def uses(self, handle_id: str | None = None) -> dict[str, float]:
         if handle_id is None:
-            return {own_id: status.st_mtime for own_id, status in self._listed("handles")}
+            return {own_id: status.st_mtime for own_id, status in self._statuses("handles").items()}
         try:
             return {handle_id: self.path(f"handles/{handle_id}").stat().st_mtime}
         except FileNotFoundError:
             return {}
-
-    @override
-    def forget_uses(self, handle_ids: Sequence[str]) -> None:
-        """Nothing to do: a handle's last use goes with its file."""
-
-    @override
-    def now(self) -> float:
-        return time.time()
 
     @override
     @contextmanager
@@ -181,17 +178,6 @@ class FileBlobs(Blobs):
         """One writer at a time."""
         with _file_errors(), locked(self.folder / "lock"):
             yield
-
-    @override
-    @contextmanager
-    def removing(self) -> Iterator[None]:
-        """The same as `writing`: there is one lock."""
-        with self.writing():
-            yield
-
-    @override
-    def close(self) -> None:
-        """Nothing is held open."""
 
     @contextmanager
     def writing_kv(self, *, wait: bool = True) -> Iterator[None]:
@@ -226,14 +212,21 @@ class FileBlobs(Blobs):
                 if folder.exists():
                     shutil.rmtree(folder)
 
-    def _listed(self, kind: Kind) -> Iterator[tuple[str, os.stat_result]]:
-        """Id and status of each file that has a name of ours."""
+    def _entries(self, kind: Kind) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Each file that has a name of ours, by id."""
         folder, suffix = _PLACES[kind]
         for entry in _entries(self.folder / folder):
-            match = _NAME.fullmatch(entry.name)
-            if match is not None and match[2] == suffix:
-                with suppress(FileNotFoundError):
-                    yield match[1], entry.stat(follow_symlinks=False)
+            if entry.name.endswith(suffix) and _ID.fullmatch(own_id := entry.name.removesuffix(suffix)):
+                yield own_id, entry
+
+    def _statuses(self, kind: Kind) -> dict[str, os.stat_result]:
+        statuses = {}
+        for own_id, entry in self._entries(kind):
+            try:
+                statuses[own_id] = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+        return statuses
 
 
 class KvFiles(KvShares):
@@ -284,10 +277,6 @@ class KvFiles(KvShares):
     @override
     def remove_abandoned(self) -> None:
         self._files.remove_temporaries()
-
-    @override
-    def close(self) -> None:
-        """Nothing is held open."""
 
     def _read(self, segment_id: str) -> KvPart | None:
         trusted = self._checked.get(segment_id)

@@ -128,7 +128,7 @@ class LineageRecords:
 
     def handle_ids(self) -> list[str]:
         """All handles, readable or not, in no order."""
-        return [HANDLE_PREFIX + name for name in self._blobs.sizes("handles")]
+        return [HANDLE_PREFIX + name for name in self._blobs.ids("handles")]
 
     def references(self, *, checked: bool = False) -> References:
         """Who uses which segment. Within `Blobs.removing`, else what is just being changed may be missing.
@@ -139,7 +139,7 @@ class LineageRecords:
         """
         handle_ids = self.handle_ids()
         self.read_handles([handle_id for handle_id in handle_ids if handle_id not in self._lineages])
-        uses, pins = self.uses(), self._blobs.sizes("pins")
+        uses, pins = self.uses(), set(self._blobs.ids("pins"))
         lineage = self._blobs.sizes("segments")
         torn = self._torn(lineage) if checked and self._blobs.cheap_to_read else set()
         lineage = {segment_id: size for segment_id, size in lineage.items() if segment_id not in torn}
@@ -167,7 +167,7 @@ class LineageRecords:
     def remove_abandoned(self) -> None:
         """Remove what killed writers left behind. Within `Blobs.removing`."""
         self._kv.remove_abandoned()
-        self._blobs.forget_uses(list(self._blobs.uses().keys() - self._blobs.sizes("handles").keys()))
+        self._blobs.forget_uses(list(self._blobs.uses().keys() - set(self._blobs.ids("handles"))))
 
     def _torn(self, segment_ids: Mapping[str, int]) -> set[str]:
         """Those of the segments that cannot be read."""

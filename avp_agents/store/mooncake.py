@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from typing_extensions import override
 
 from avp_agents.errors import ConfigurationError, StoreUnavailableError
-from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Payloads, Reachability, rechunked
+from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Payloads, Reachability, gathered, rechunked
 from avp_agents.store.kv_shares import PayloadShares
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.record_store import RecordStore
@@ -89,16 +89,8 @@ class MooncakePayloads(Payloads):
     @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
 
-        def fetch(store: Any) -> bytearray | None:
-            data = bytearray(size)
-            for index, key in enumerate(self._keys(name, size)):
-                chunk, start = store.get(key), index * PAYLOAD_CHUNK
-                if len(chunk) != min(PAYLOAD_CHUNK, size - start):
-                    return None
-                data[start : start + len(chunk)] = chunk
-            return data
-
-        return self._client.call(fetch)
+        keys = self._keys(name, size)
+        return self._client.call(lambda store: gathered(size, lambda index: store.get(keys[index])))
 
     @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
@@ -133,11 +125,6 @@ class MooncakePayloads(Payloads):
         known = self._sizes | {name: int(size) for name, size in zip(new, found, strict=True) if size is not None}
         self._sizes = {name: known[name] for name in names if name in known}
         return dict(self._sizes)
-
-    @override
-    def remove_abandoned(self, referred: set[str]) -> None:
-        """Whoever is still writing a payload has not indexed it yet."""
-        self.remove_payloads([name for name in self.payload_sizes() if name not in referred])
 
     @override
     def close(self) -> None:

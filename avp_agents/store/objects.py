@@ -181,11 +181,6 @@ class ObjectBlobs(Blobs, Payloads):
                 self._last_marks.pop(handle_id, None)
 
     @override
-    def now(self) -> float:
-        """This machine's clock."""
-        return time.time()
-
-    @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
         """In ranges, several at once."""
         path, data = f"{self._root}payload/{name}", bytearray(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import secrets
 import threading
@@ -14,7 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 from typing_extensions import override
 
 from avp_agents.errors import ConfigurationError, StoreUnavailableError
-from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Kind, Payloads, Reachability, rechunked, redacted, renewed
+from avp_agents.store.blobs import (
+    PAYLOAD_CHUNK,
+    Blobs,
+    Kind,
+    Payloads,
+    Reachability,
+    gathered,
+    rechunked,
+    redacted,
+    renewed,
+)
 from avp_agents.store.checked_blobs import CheckedBlobs
 from avp_agents.store.encryption import Encryption
 from avp_agents.store.kv_shares import PayloadShares
@@ -202,15 +211,11 @@ class RedisBlobs(Blobs, Payloads):
 
     @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
-        key, data = self._key(f"payload/{name}"), bytearray(size)
-        for index in range(math.ceil(size / PAYLOAD_CHUNK)):
-            start = index * PAYLOAD_CHUNK
+        def chunk(index: int) -> bytes | None:
             with self._asking():
-                chunk = cast("bytes | None", self._client.hget(key, str(index)))
-            if chunk is None or len(chunk) != min(PAYLOAD_CHUNK, size - start):
-                return None
-            data[start : start + len(chunk)] = chunk
-        return data
+                return cast("bytes | None", self._client.hget(self._key(f"payload/{name}"), str(index)))
+
+        return gathered(size, chunk)
 
     @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
@@ -246,11 +251,6 @@ class RedisBlobs(Blobs, Payloads):
         return {name.decode(): int(size) for name, size in sizes.items()}
 
     @override
-    def remove_abandoned(self, referred: set[str]) -> None:
-        """Whoever is still writing a payload has not registered it yet."""
-        self.remove_payloads([name for name in self.payload_sizes() if name not in referred])
-
-    @override
     @contextmanager
     def writing(self) -> Iterator[None]:
         """One writer at a time.
@@ -273,11 +273,6 @@ class RedisBlobs(Blobs, Payloads):
         finally:
             self._held.token = None
             self._ask_lock(_RELEASE, key, token)
-
-    @override
-    def removing(self) -> Any:
-        """The same as `writing`: there is one lock."""
-        return self.writing()
 
     @override
     def close(self) -> None:

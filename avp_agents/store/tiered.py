@@ -6,7 +6,7 @@ import builtins
 import contextlib
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from typing_extensions import override
 
@@ -46,8 +46,8 @@ def default_store(namespace: Namespace | str = "default") -> TieredStore:
 
 
 @dataclass(frozen=True)
-class _Owed:
-    """How a context was put that the lower tier does not have yet."""
+class _Wanted:
+    """How a context was put."""
 
     kv: bool
     scope: str
@@ -83,7 +83,8 @@ class TieredStore(ContextStore):
         super().__init__(namespace=lower.namespace, byte_budget=total, ttl=lower.ttl)
         self.upper, self.lower = upper, lower
         self._share_kv = share_kv
-        self._owed: dict[str, _Owed] = {}
+        # what the lower tier does not have yet
+        self._owed: dict[str, _Wanted] = {}
         self._lookups = Lookups()
         upper.spill_to(self._spill)
 
@@ -99,12 +100,13 @@ class TieredStore(ContextStore):
         ttl: float | None = None,
     ) -> ContextHandle:
         """The lineage is in the lower tier when this returns, the KV-cache in the upper."""
+        wanted = _Wanted(kv, scope, agent, text, ttl)
         try:
-            return self._put_below(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
+            return self._put_below(context, wanted)
         except StoreUnavailableError as error:
             log.warning("A context is kept in memory until the store below is back: %s", error)
             handle = self.upper.put(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
-            self._owed[handle.id] = _Owed(kv, scope, agent, text, ttl)
+            self._owed[handle.id] = wanted
             return handle
 
     @override
@@ -190,10 +192,8 @@ class TieredStore(ContextStore):
         """Contexts, segments and pins are the lower tier's; bytes are those of both."""
         upper, lower = self.upper.stats(), self.lower.stats()
         hits, misses = self._lookups.counts()
-        return StoreStats(
-            contexts=lower.contexts,
-            segments=lower.segments,
-            pinned=lower.pinned,
+        return replace(
+            lower,
             lineage_bytes=upper.lineage_bytes + lower.lineage_bytes,
             kv_bytes=upper.kv_bytes + lower.kv_bytes,
             byte_budget=self.byte_budget,
@@ -248,23 +248,23 @@ class TieredStore(ContextStore):
         self._keep_above(stored)
         return stored
 
-    def _put_below(
-        self, context: Context, *, kv: bool, scope: str, agent: str, text: str, ttl: float | None
-    ) -> ContextHandle:
+    def _put_below(self, context: Context, wanted: _Wanted) -> ContextHandle:
         """Put a context into both tiers.
 
         Raises:
             StoreUnavailableError: The lower one cannot be asked.
         """
-        known = self.lower.contains(self.id_of(context, scope=scope))
-        below = kv and self._share_kv
-        handle = self.lower.put(context, kv=below, scope=scope, agent=agent, text=text, ttl=ttl)
+        known = self.lower.contains(self.id_of(context, scope=wanted.scope))
+        below = wanted.kv and self._share_kv
+        handle = self.lower.put(
+            context, kv=below, scope=wanted.scope, agent=wanted.agent, text=wanted.text, ttl=wanted.ttl
+        )
         if known and not self.upper.contains(handle):
-            stored = self.lower.get(handle, scope=scope)
+            stored = self.lower.get(handle, scope=wanted.scope)
             if not same_values(stored, context):
                 self._keep_above(stored)
                 return handle
-        self._keep_above(context, kv=kv)
+        self._keep_above(context, kv=wanted.kv)
         return handle
 
     def _settle(self, handle_id: str) -> None:
@@ -278,7 +278,7 @@ class TieredStore(ContextStore):
             return
         if self.upper.contains(handle_id):
             context = self.upper.get(handle_id)
-            self._put_below(context, kv=owed.kv, scope=owed.scope, agent=owed.agent, text=owed.text, ttl=owed.ttl)
+            self._put_below(context, owed)
         self._owed.pop(handle_id, None)
 
     def _keep_above(self, context: Context, *, kv: bool = True) -> None:
