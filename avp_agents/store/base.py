@@ -13,6 +13,7 @@ All methods are thread-safe, and each has an asynchronous twin (`aput`, ...) tha
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -72,6 +73,25 @@ class PruneReport:
     segments: int = 0
     kv_bytes: int = 0
     lineage_bytes: int = 0
+
+
+class Lookups:
+    """Counts how often a store found what it was asked for. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+
+    def count(self, *, hit: bool) -> None:
+        """Note one."""
+        with self._lock:
+            self._hits += hit
+            self._misses += not hit
+
+    def counts(self) -> tuple[int, int]:
+        """Hits and misses so far."""
+        with self._lock:
+            return self._hits, self._misses
 
 
 class ContextStore(ABC):

@@ -130,8 +130,7 @@ class Payloads(ABC):
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
         """Write `size` bytes under a new name. What a killed writer leaves goes away after a while."""
 
-    @abstractmethod
-    def keep_payload(self, name: str, size: int) -> None:
+    def keep_payload(self, name: str, size: int) -> None:  # noqa: B027  (nothing to do where what is young is spared)
         """The payload is about to be referred to. Within `Blobs.writing`."""
 
     @abstractmethod

@@ -152,7 +152,7 @@ class FileBlobs(Blobs):
     @override
     @_file_errors()
     def ids(self, kind: Kind) -> list[str]:
-        return [own_id for own_id, _ in self._entries(kind)]
+        return [own_id for own_id, _ in self._files_of(kind)]
 
     @override
     @_file_errors()
@@ -212,7 +212,7 @@ class FileBlobs(Blobs):
                 if folder.exists():
                     shutil.rmtree(folder)
 
-    def _entries(self, kind: Kind) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    def _files_of(self, kind: Kind) -> Iterator[tuple[str, os.DirEntry[str]]]:
         """Each file that has a name of ours, by id."""
         folder, suffix = _PLACES[kind]
         for entry in _entries(self.folder / folder):
@@ -221,7 +221,7 @@ class FileBlobs(Blobs):
 
     def _statuses(self, kind: Kind) -> dict[str, os.stat_result]:
         statuses = {}
-        for own_id, entry in self._entries(kind):
+        for own_id, entry in self._files_of(kind):
             try:
                 statuses[own_id] = entry.stat(follow_symlinks=False)
             except FileNotFoundError:

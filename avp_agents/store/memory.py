@@ -13,9 +13,9 @@ from typing_extensions import override
 from avp_agents.context import Context, LatentSegment, Segment, leaves
 from avp_agents.errors import ContextLostError, StoreFullError
 from avp_agents.handle import ContextHandle
-from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.references import Lookups, References, Removals, StoredHandle
+from avp_agents.store.references import References, Removals, StoredHandle
 
 
 @dataclass

@@ -199,23 +199,13 @@ class ObjectBlobs(Blobs, Payloads):
     @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
         """In parts, several at once, if it is larger than one."""
-        pieces = rechunked(chunks, PAYLOAD_CHUNK)
+        path, pieces = f"{self._root}payload/{name}", rechunked(chunks, PAYLOAD_CHUNK)
         with self._asking():
             if size <= PAYLOAD_CHUNK:
-                self._api.put(self._store, f"{self._root}payload/{name}", b"".join(pieces), use_multipart=False)
+                self._api.put(self._store, path, b"".join(pieces), use_multipart=False)
             else:
-                self._api.put(
-                    self._store,
-                    f"{self._root}payload/{name}",
-                    pieces,
-                    use_multipart=True,
-                    chunk_size=PAYLOAD_CHUNK,
-                    max_concurrency=_CONNECTIONS,
-                )
-
-    @override
-    def keep_payload(self, name: str, size: int) -> None:
-        """Nothing to do: `remove_abandoned` spares what is young."""
+                parts = {"chunk_size": PAYLOAD_CHUNK, "max_concurrency": _CONNECTIONS}
+                self._api.put(self._store, path, pieces, use_multipart=True, **parts)
 
     @override
     def remove_payloads(self, names: Sequence[str]) -> None:
@@ -227,7 +217,7 @@ class ObjectBlobs(Blobs, Payloads):
 
     @override
     def remove_abandoned(self, referred: set[str]) -> None:
-        """Also marks of uses that later ones superseded."""
+        """Spares what is young; also removes marks of uses that later ones superseded."""
         oldest = datetime.now(UTC) - timedelta(seconds=ABANDONED_SECONDS)
         listed = self._list("payload")
         self._delete(

@@ -15,13 +15,13 @@ from typing_extensions import override
 from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, ContextLostError, KvMemoryError, StoreFullError, StoreUnavailableError
 from avp_agents.handle import ContextHandle
-from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.checked_blobs import CheckedBlobs
 from avp_agents.store.kv_file import KvPart, check_layers
 from avp_agents.store.kv_shares import KvShares, MissingKv, content_digests, links_of, missing_kv, read_kv
 from avp_agents.store.lineage_records import LineageRecords
 from avp_agents.store.records import HandleRecord
-from avp_agents.store.references import ByteBudget, Lookups
+from avp_agents.store.references import ByteBudget
 
 log = logging.getLogger(__name__)
 

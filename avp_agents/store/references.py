@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Self, TypeVar
 
-from avp_agents.store.base import PruneReport, StoreStats
+from avp_agents.store.base import Lookups, PruneReport, StoreStats
 
 SLACK = 64
 """Other processes' writes are noticed after own writes of 1/64 of the budget; an eviction frees that much more."""
@@ -47,25 +46,6 @@ class Removals:
     def report(self) -> PruneReport:
         """How much that is."""
         return PruneReport(len(self.handles), len(self.segments), self.kv_bytes, self.lineage_bytes)
-
-
-class Lookups:
-    """Counts how often a store found what it was asked for. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._hits = self._misses = 0
-
-    def count(self, *, hit: bool) -> None:
-        """Note one."""
-        with self._lock:
-            self._hits += hit
-            self._misses += not hit
-
-    def counts(self) -> tuple[int, int]:
-        """Hits and misses so far."""
-        with self._lock:
-            return self._hits, self._misses
 
 
 _Handle = TypeVar("_Handle", bound=StoredHandle)

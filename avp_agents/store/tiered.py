@@ -19,11 +19,10 @@ from avp_agents.errors import (
     StoreUnavailableError,
 )
 from avp_agents.handle import ContextHandle
-from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.files import DiskStore
 from avp_agents.store.memory import MemoryStore, same_values
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.references import Lookups
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +388,44 @@ def test_namespaces_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
         DiskStore(tmp_path, namespace=Namespace("tenant", key)).put(make_context())
 
     assert len(list(tmp_path.iterdir())) == len(keys)
+
+
+def test_the_readout_of_a_context_put_at_the_same_time_as_its_child_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child's segments include the parent's, without the parent's readout."""
+    store, other = disk_store(tmp_path), disk_store(tmp_path)
+    parent = make_context()
+    turns = iter([lambda: other.put(make_context(parent=make_context(), seed=1))])
+    writing = store.blobs.writing
+
+    def overtaken() -> AbstractContextManager[None]:
+        for put in turns:
+            put()
+        return writing()
+
+    monkeypatch.setattr(store.blobs, "writing", overtaken)
+
+    handle = store.put(parent)
+
+    assert_same_lineage(disk_store(tmp_path).get(handle), make_context())
+
+
+def test_a_longer_kv_cache_stored_meanwhile_is_not_replaced_by_a_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = disk_store(tmp_path), disk_store(tmp_path)
+    turns = iter([lambda: other.put(make_context(steps=0))])
+    make_room = store._make_room
+
+    def overtaken(*arguments: Any, **options: Any) -> bool:
+        if options.get("kv_only"):
+            for put in turns:
+                put()
+        return make_room(*arguments, **options)
+
+    monkeypatch.setattr(store, "_make_room", overtaken)
+
+    handle = store.put(make_context(steps=0, kv_short=5))
+
+    assert store.get(handle).kv_len == 12
