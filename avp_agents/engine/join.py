@@ -16,15 +16,17 @@ lineage that they come from (`LatentSegment.origin`): a thought that is made at 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from typing_extensions import override
+
 from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment, TokenSegment, leaves, prefix_of
-from avp_agents.engine.core.request import Request
-from avp_agents.engine.core.sequence import Replaying
+from avp_agents.engine.core.sequence import Sequence
 from avp_agents.engine.core.start import shared_positions
 from avp_agents.engine.protocol import JoinStrategy
+from avp_agents.engine.sequences import Report
 from avp_agents.errors import ConfigurationError, PromptError
 from avp_agents.prompt.whole_turns import WholeTurns
 from avp_agents.usage import Handoff, HandoffMode
@@ -61,7 +63,7 @@ class Joiner:
     def __init__(self, turns: WholeTurns) -> None:
         self._turns = turns
 
-    def join(self, contexts: Sequence[Context], strategy: JoinStrategy) -> Joined:
+    def join(self, contexts: Seq[Context], strategy: JoinStrategy) -> Joined:
         """Plan a join; nothing is computed.
 
         Raises:
@@ -85,7 +87,7 @@ class Joiner:
             joined = self._behind_one_another(distinct, strategy)
         return replace(joined, notes=notes + joined.notes)
 
-    def _behind_one_another(self, contexts: Sequence[Context], strategy: JoinStrategy) -> Joined:
+    def _behind_one_another(self, contexts: Seq[Context], strategy: JoinStrategy) -> Joined:
         first, *others = contexts
         lineage = first.lineage if strategy == "splice" else _in_one_piece(first)
         taken = len(first)
@@ -102,7 +104,7 @@ class Joiner:
         lineage = (*lineage, *self._end_of_turn(lineage, gap=False))
         return Joined(lineage, strategy, len(contexts), new=_positions(lineage) - taken)
 
-    def _as_text(self, contexts: Sequence[Context]) -> Joined:
+    def _as_text(self, contexts: Seq[Context]) -> Joined:
         texts: list[str] = []
         notes: list[str] = []
         for number, context in enumerate(contexts, start=1):
@@ -147,32 +149,32 @@ class Joiner:
         return (*before, TokenSegment(last.token_ids[:-1])) if len(last) > 1 else tuple(before)
 
 
-class Joining(Replaying):
-    """Prefills what a joined context does not find in the pool."""
+class JoinReport(Report):
+    """Which strategy ran, and how much had to be computed again for it."""
 
-    def __init__(self, request: Request, joined: Joined) -> None:
-        super().__init__(request)
+    def __init__(self, fingerprint: str, dtype: str, joined: Joined) -> None:
+        super().__init__(fingerprint, dtype, "join")
         self._joined = joined
 
-    def handoff(self) -> Handoff:
-        """Which strategy ran, and how much had to be computed again for it."""
-        joined, placement = self._joined, self.placement
+    @override
+    def handoff(self, of: Sequence) -> Handoff:
+        joined, started = self._joined, of.started
         if joined.strategy is None:
-            return replace(super().handoff(), reason="one context: nothing to join", notes=joined.notes)
-        again = max(0, self.total - joined.new - placement.reused)
+            return replace(super().handoff(of), reason="one context: nothing to join", notes=joined.notes)
+        again = max(0, of.total - joined.new - started.reused)
         mode: HandoffMode = "text" if joined.strategy == "text" else "kv" if again <= joined.contexts else "replay"
         return Handoff(
             mode=mode,
             reason=f"{joined.contexts} contexts joined by {joined.strategy}",
-            bytes=placement.bytes_moved,
-            milliseconds=1e3 * (placement.seconds + self.prefilled - self.admitted),
-            positions_reused=placement.reused,
+            bytes=started.bytes_moved,
+            milliseconds=1e3 * (started.seconds + of.prefilled - of.admitted),
+            positions_reused=started.reused,
             positions_replayed=again if mode == "replay" else 0,
             notes=joined.notes,
         )
 
 
-def _distinct(contexts: Sequence[Context]) -> list[Context]:
+def _distinct(contexts: Seq[Context]) -> list[Context]:
     """The contexts that no other one holds, each once, in order."""
     distinct: list[Context] = []
     for index, context in enumerate(contexts):

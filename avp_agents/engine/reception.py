@@ -75,7 +75,7 @@ class Reception:
 
     def __init__(self, runtime: ModelRuntime, store: ContextStore) -> None:
         self._crossing, self._store = runtime.crossing, store
-        self._reread: Reread = runtime.settings.reread
+        self._reread: Reread = runtime.reread
 
     def receive(self, prompt: Prompt, context: Context | None) -> Received:
         """Make the contexts of a request this model's own.
