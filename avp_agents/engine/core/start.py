@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-import torch
-
-from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment, TokenSegment, prefix_of
+from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment, prefix_of
 from avp_agents.engine.core.kv_pool import KvPool, PooledKv, Region
 from avp_agents.engine.core.request import Placement
 from avp_agents.engine.core.sequence import Sequence
+from avp_agents.lineage import concatenated, shared_positions
 
 
 def place(sequence: Sequence, pool: KvPool, *, chunk: int | None) -> tuple[Region, Placement] | None:
@@ -78,7 +77,7 @@ def copy_splice(sequence: Sequence, pool: KvPool) -> bool:
     splice = sequence.next_splice()
     if splice is None:
         return False
-    branch = _joined(prefix_of(sequence.lineage, splice.prefix), splice.segments)
+    branch = concatenated(prefix_of(sequence.lineage, splice.prefix), splice.segments)
     most = splice.prefix + len(splice)
     # the keys of a splice within this one were moved already: it is copied whole or not at all
     least = most if any(isinstance(part, SplicedSegment) for part in splice.segments) else splice.prefix + 1
@@ -87,7 +86,7 @@ def copy_splice(sequence: Sequence, pool: KvPool) -> bool:
         context, region = view.context(), view.region
         if context is None or region is None or view.store is not sequence.request.store:
             continue
-        matched = min(view.length, most, shared_positions(_joined(context.lineage), branch))
+        matched = min(view.length, most, shared_positions(concatenated(context.lineage), branch))
         if matched > found:
             source, found = region.start + splice.prefix, matched
     if found < least:
@@ -96,51 +95,6 @@ def copy_splice(sequence: Sequence, pool: KvPool) -> bool:
     pool.copy(source, sequence.region.start + sequence.length, found - splice.prefix)
     sequence.spliced(found - splice.prefix)
     return True
-
-
-def _joined(*lineages: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Lineages behind one another, consecutive token segments as one: where they were cut does not matter."""
-    joined: list[Segment] = []
-    for segment in (segment for lineage in lineages for segment in lineage):
-        last = joined[-1] if joined else None
-        if isinstance(segment, TokenSegment) and isinstance(last, TokenSegment):
-            joined[-1] = TokenSegment(last.token_ids + segment.token_ids)
-        else:
-            joined.append(segment)
-    return tuple(joined)
-
-
-def shared_positions(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> int:
-    """Leading positions that two lineages have in common: equal ids, and latent runs of equal values."""
-    shared = 0
-    for a, b in zip(one, other, strict=False):
-        if a is b:
-            shared += len(a)
-            continue
-        if isinstance(a, LatentSegment) and isinstance(b, LatentSegment):
-            if a.embeddings.shape != b.embeddings.shape or not torch.equal(a.embeddings, b.embeddings):
-                return shared
-            shared += len(a)
-            continue
-        if isinstance(a, SplicedSegment) and isinstance(b, SplicedSegment):
-            inner = shared_positions(a.segments, b.segments)
-            if a.prefix != b.prefix or not inner == len(a) == len(b):
-                return shared
-            shared += len(a)
-            continue
-        if not (isinstance(a, TokenSegment) and isinstance(b, TokenSegment)):
-            return shared
-        same = _common_ids(a.token_ids, b.token_ids)
-        shared += same
-        if same < max(len(a), len(b)):
-            return shared
-    return shared
-
-
-def _common_ids(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    if one == other:
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _own_view(base: Context | None, views: Iterable[PooledKv]) -> tuple[PooledKv | None, int]:
