@@ -12,11 +12,11 @@ from avp_agents.answer.detokenizer import TextStream
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.answer.reasoning import CLOSING
 from avp_agents.context import Context
-from avp_agents.engine.casting import in_dtype
 from avp_agents.engine.core.sampling import SamplingParams
 from avp_agents.engine.join import Joiner
 from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextWindowError, UnsupportedModelError
+from avp_agents.lineage import in_dtype
 from avp_agents.prompt.chat_messages import Message, Prompt
 from avp_agents.prompt.plan import PromptPlan
 from avp_agents.usage import Handoff, HandoffMode, Usage

@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-import torch
-
-from avp_agents.context import LatentSegment, Segment, SplicedSegment, TokenSegment
 from avp_agents.engine.core.kv_pool import KvPool, PooledKv, Region
 from avp_agents.engine.core.prefill import whole_positions
 from avp_agents.engine.core.sequence import Sequence, Start
+from avp_agents.lineage import shared_positions
 
 Found = tuple[PooledKv | None, int]
 """A KV-cache, and how many leading positions of it serve."""
@@ -70,36 +68,3 @@ def longest_match(sequence: Sequence, views: Iterable[PooledKv], most: int) -> F
         if matched and key > best_key:
             best, best_key = view, key
     return best, best_key[0]
-
-
-def shared_positions(one: tuple[Segment, ...], other: tuple[Segment, ...]) -> int:
-    """Leading positions that two lineages have in common: equal ids, and latent runs of equal values."""
-    shared = 0
-    for a, b in zip(one, other, strict=False):
-        if a is b:
-            shared += len(a)
-            continue
-        if isinstance(a, LatentSegment) and isinstance(b, LatentSegment):
-            if a.embeddings.shape != b.embeddings.shape or not torch.equal(a.embeddings, b.embeddings):
-                return shared
-            shared += len(a)
-            continue
-        if isinstance(a, SplicedSegment) and isinstance(b, SplicedSegment):
-            inner = shared_positions(a.segments, b.segments)
-            if a.prefix != b.prefix or not inner == len(a) == len(b):
-                return shared
-            shared += len(a)
-            continue
-        if not (isinstance(a, TokenSegment) and isinstance(b, TokenSegment)):
-            return shared
-        same = _common_ids(a.token_ids, b.token_ids)
-        shared += same
-        if same < max(len(a), len(b)):
-            return shared
-    return shared
-
-
-def _common_ids(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    if one == other:
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -21,7 +21,8 @@ from avp_agents.engine.core.latent_step import LatentStep
 from avp_agents.engine.core.model import LoadedModel
 from avp_agents.engine.core.scheduler import Extra
 from avp_agents.engine.core.sequence import Sequence as RunningSequence
-from avp_agents.engine.core.start import Found, shared_positions
+from avp_agents.engine.core.start import Found
+from avp_agents.lineage import shared_positions
 
 INVARIANT_CHUNK = 64
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,15 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from typing_extensions import override
 
-from avp_agents.context import Segment, SplicedSegment, TokenSegment, prefix_of
+from avp_agents.context import SplicedSegment, prefix_of
 from avp_agents.engine.core.attention import Layout, Row
 from avp_agents.engine.core.kv_pool import KvPool
 from avp_agents.engine.core.model import Forward, LoadedModel
 from avp_agents.engine.core.prefill import Move
 from avp_agents.engine.core.scheduler import Extra
 from avp_agents.engine.core.sequence import Sequence
-from avp_agents.engine.core.start import shared_positions
 from avp_agents.errors import UnsupportedModelError
+from avp_agents.lineage import concatenated, shared_positions
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative deviation of a rotated key from one made in place. The models' own angles are float32, whose
@@ -275,7 +275,7 @@ def _copy_splice(sequence: Sequence, pool: KvPool) -> bool:
     splice = _next_splice(sequence)
     if splice is None:
         return False
-    branch = _joined(prefix_of(sequence.lineage, splice.prefix), splice.segments)
+    branch = concatenated(prefix_of(sequence.lineage, splice.prefix), splice.segments)
     most = splice.prefix + len(splice)
     # the keys of a splice within this one were moved already: it is copied whole or not at all
     least = most if any(isinstance(part, SplicedSegment) for part in splice.segments) else splice.prefix + 1
@@ -284,7 +284,7 @@ def _copy_splice(sequence: Sequence, pool: KvPool) -> bool:
         context, region = view.context(), view.region
         if context is None or region is None or view.owner is not sequence.request.owner:
             continue
-        matched = min(view.length, most, shared_positions(_joined(context.lineage), branch))
+        matched = min(view.length, most, shared_positions(concatenated(context.lineage), branch))
         if matched > found:
             source, found = region.start + splice.prefix, matched
     if found < least:
@@ -295,18 +295,6 @@ def _copy_splice(sequence: Sequence, pool: KvPool) -> bool:
     sequence.started.reused += copied
     sequence.fed(copied)
     return True
-
-
-def _joined(*lineages: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Lineages behind one another, consecutive token segments as one: where they were cut does not matter."""
-    joined: list[Segment] = []
-    for segment in (segment for lineage in lineages for segment in lineage):
-        last = joined[-1] if joined else None
-        if isinstance(segment, TokenSegment) and isinstance(last, TokenSegment):
-            joined[-1] = TokenSegment(last.token_ids + segment.token_ids)
-        else:
-            joined.append(segment)
-    return tuple(joined)
 
 
 def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:
