@@ -13,14 +13,16 @@ from avp_agents.answer.grammar import Constraint, Grammar
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.answer.reasoning import CLOSING
 from avp_agents.context import Context
+from avp_agents.engine.constrained import ConstrainedSampler
 from avp_agents.engine.core.kv_pool import Owner
-from avp_agents.engine.core.sampling import RowSampler, SamplingParams
+from avp_agents.engine.core.sampling import RowSampler
 from avp_agents.engine.core.sequence import Request
 from avp_agents.engine.foreign import check_fingerprint
 from avp_agents.engine.join import Joiner, JoinReport
 from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.engine.reception import Reception
 from avp_agents.engine.runtime import ModelRuntime
+from avp_agents.engine.sampling_options import sampling_params
 from avp_agents.engine.sequences import Answer, Replay, Report, Thought
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, StoreError
 from avp_agents.kv_cache import HostKv
@@ -70,14 +72,15 @@ class RequestBuilder:
         runtime = self._runtime
         vocabulary = runtime.loaded.vocabulary
         stop_ids = runtime.renderer.stop_ids
-        params = SamplingParams.from_options(options, vocab_limit=vocabulary.size, eos_token_ids=stop_ids)
+        params = sampling_params(options, vocab_limit=vocabulary.size, eos_token_ids=stop_ids)
         plan, crossed = self._plan(prompt, context, options)
         max_tokens = params.token_budget(runtime.window - len(plan))
         plan.check_window(self._runtime.window, max(1, max_tokens))
         request, report = self._prompt_request(plan, options), self._report(plan.relation, plan.notes, crossed)
         base_ids = plan.base.token_ids() if plan.base is not None else ()
         constraint = self._constraint(options.get("grammar"), plan, max_tokens)
-        sampler = RowSampler(params, (*base_ids, *plan.token_ids), constraint)
+        ids = (*base_ids, *plan.token_ids)
+        sampler = RowSampler(params, ids) if constraint is None else ConstrainedSampler(params, ids, constraint)
         skips = options.get("skip_special_tokens", True)
         text = TextStream(runtime.tokenizer, params.stop, min_tokens=params.min_tokens, skip_special_tokens=skips)
         split = plan.reasoning_split(marked=runtime.renderer.marks_reasoning)

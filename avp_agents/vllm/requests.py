@@ -15,6 +15,7 @@ from avp_agents.context import Context
 from avp_agents.engine.core.sampling import SamplingParams
 from avp_agents.engine.join import Joiner
 from avp_agents.engine.protocol import JoinStrategy
+from avp_agents.engine.sampling_options import sampling_params
 from avp_agents.errors import ConfigurationError, ContextWindowError, UnsupportedModelError
 from avp_agents.lineage import in_dtype
 from avp_agents.prompt.chat_messages import Message, Prompt
@@ -44,7 +45,7 @@ class RequestBuilder:
         """A generate request. See `VllmEngine.generate`."""
         model = self._model
         stop_ids = model.renderer.stop_ids
-        params = SamplingParams.from_options(options, vocab_limit=model.vocabulary_size, eos_token_ids=stop_ids)
+        params = sampling_params(options, vocab_limit=model.vocabulary_size, eos_token_ids=stop_ids)
         plan = self._plan(prompt, context, options)
         max_tokens = params.token_budget(self._facts.window - len(plan))
         plan.check_window(self._facts.window, max(1, max_tokens))
