@@ -138,7 +138,7 @@ class Crossing:
         """
         text = replace(thought, distributions=())
         mode: HandoffMode = "reread" if thought.messages else "text"
-        if not self._runtime.settings.project_vectors:
+        if not self._runtime.project_vectors:
             return Choice(text, mode, "its text is read again, without a vector")
         if not thought.distributions:
             return Choice(text, mode, "it has no latent steps to make a vector of")

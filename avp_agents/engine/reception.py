@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from avp_agents.context import Context
 from avp_agents.crossing.thought import TELL, TELL_TOKENS, SpokenMessage, Thought
-from avp_agents.engine.casting import in_dtype
 from avp_agents.engine.crossing import Reread
 from avp_agents.engine.directory import find_engine
 from avp_agents.errors import FingerprintMismatchError
+from avp_agents.lineage import in_dtype
 from avp_agents.prompt.chat_messages import Message, Prompt
 from avp_agents.protocol.handshake import Shipment, handshake
 from avp_agents.usage import Handoff
@@ -75,7 +75,7 @@ class Reception:
 
     def __init__(self, runtime: ModelRuntime, store: ContextStore) -> None:
         self._crossing, self._store = runtime.crossing, store
-        self._reread: Reread = runtime.settings.reread
+        self._reread: Reread = runtime.reread
 
     def receive(self, prompt: Prompt, context: Context | None) -> Received:
         """Make the contexts of a request this model's own.

@@ -13,9 +13,9 @@ from time import monotonic
 from avp_agents.context import Context
 from avp_agents.errors import ContextLostError, StoreFullError
 from avp_agents.handle import ContextHandle
+from avp_agents.lineage import same_values
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.values import same_values, without_kv
 
 
 @dataclass
@@ -242,7 +242,7 @@ class MemoryStore(ContextStore):
         self._check_room(context)
         recipe_id = context.recipe_id
         if recipe_id not in self._held:
-            self._held[recipe_id] = _Held(context if kv or context.kv is None else without_kv(context))
+            self._held[recipe_id] = _Held(context if kv or context.kv is None else context.without_kv())
             self._count_segments(context, 1)
             self._recount(self._held[recipe_id])
         elif kv:
@@ -288,13 +288,13 @@ class MemoryStore(ContextStore):
         context = self._held[entry.recipe_id].context
         if context.handle is not None and context.handle.id == entry.handle.id:
             return context
-        twin = without_kv(context)
+        twin = context.without_kv()
         twin.attach(kv=context.kv, handle=entry.handle)
         return twin
 
     def _let_go_of_kv(self, held: _Held) -> None:
         """Hold the context without its KV-cache. Who else holds the object keeps it as it is."""
-        held.context = without_kv(held.context)
+        held.context = held.context.without_kv()
         self._recount(held)
 
     def _check_room(self, context: Context) -> None:

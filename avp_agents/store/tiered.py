@@ -17,12 +17,12 @@ from avp_agents.errors import (
     StoreUnavailableError,
 )
 from avp_agents.handle import ContextHandle
+from avp_agents.lineage import same_values
 from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.disk import DiskStore
 from avp_agents.store.lookups import Lookups
 from avp_agents.store.memory import MemoryStore
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.values import same_values
 
 log = logging.getLogger(__name__)
 

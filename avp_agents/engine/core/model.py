@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from avp_agents.engine.core.attention import Layout
 from avp_agents.engine.core.kv_pool import LayerShape
 from avp_agents.engine.core.latent_step import Vocabulary
-from avp_agents.engine.core.layout import Layout
 from avp_agents.errors import UnsupportedModelError
 
 

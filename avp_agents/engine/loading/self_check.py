@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from avp_agents.engine.core.attention import IMPLEMENTATION, PoolCache
+from avp_agents.engine.core.attention import IMPLEMENTATION, Layout, PoolCache, Row
 from avp_agents.engine.core.kv_pool import KvPool
-from avp_agents.engine.core.layout import Layout, Row
 from avp_agents.engine.core.model import Forward, LoadedModel, decoder_of, last_hidden
 from avp_agents.errors import UnsupportedModelError
 

@@ -1,56 +1,29 @@
-"""An engine whose requests run in a queue: every call is one that is built, submitted, and waited for."""
+"""The verbs that every engine in this process has in common, and their asynchronous twins."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
+from typing import Any, Self, Unpack
 
 from avp_agents.answer.generation import Chunk, Generation
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.answer.tool_format import ToolDefinition, ToolFormat
 from avp_agents.context import Context
-from avp_agents.engine.core.request import Event
-from avp_agents.engine.delivery import ChunkStream, Queue, await_context, stream_chunks, wait_for_context
+from avp_agents.engine.work import ChunkStream, Work, achunks, await_result, wait
 from avp_agents.handle import ContextHandle
 from avp_agents.prompt.chat_messages import Prompt
+from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.store import ContextStore
 from avp_agents.tracing import start_operation
 
-if TYPE_CHECKING:
-    from avp_agents.prompt.plan import PromptRenderer
 
-Deliver = Callable[[Event], None]
-
-
-class Requests(Protocol):
-    """Makes what the queue runs. Everything that can be checked before work starts is checked here."""
-
-    def thinking(
-        self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions, deliver: Deliver
-    ) -> Any:
-        """A think request."""
-        ...
-
-    def answering(self, prompt: Prompt, context: Context | None, options: GenerateOptions, deliver: Deliver) -> Any:
-        """A generate request."""
-        ...
-
-    def replaying(self, context: Context, deliver: Deliver) -> Any:
-        """A replay request."""
-        ...
-
-    def check_receivable(self, context: Context) -> None:
-        """Refuse a context that no request of this engine can go on from."""
-        ...
-
-
-class QueuedEngine(ABC):
-    """What such engines share. See `avp_agents.engine.protocol`.
+class EngineVerbs(ABC):
+    """What such engines share. An engine builds the work of a verb, fully checked; see `avp_agents.engine.protocol`.
 
     Attributes:
         model_path: The name or folder that the model was loaded from.
@@ -62,16 +35,28 @@ class QueuedEngine(ABC):
     _finalizer: weakref.finalize[..., Any]
 
     @abstractmethod
-    def _started(self) -> Queue[Any]:
-        """Who runs requests; the first call loads the model."""
-
-    @abstractmethod
-    def _builder(self) -> Requests:
-        """Who makes requests."""
+    def load(self) -> None:
+        """Load the model now instead of at the first use."""
 
     @abstractmethod
     def _renderer(self) -> PromptRenderer:
-        """Prompts to ids."""
+        """Prompts to ids; needs no weights."""
+
+    @abstractmethod
+    def _thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Work[Context]:
+        """The work of `think`."""
+
+    @abstractmethod
+    def _answering(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Work[Chunk]:
+        """The work of `generate` and `stream`."""
+
+    @abstractmethod
+    def _replaying(self, context: Context) -> Work[Context]:
+        """The work of `replay`."""
+
+    @abstractmethod
+    def _check_receivable(self, context: Context) -> None:
+        """Refuse a context that no request of this engine can go on from (`FingerprintMismatchError`)."""
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -91,10 +76,6 @@ class QueuedEngine(ABC):
     def encode(self, text: str) -> list[int]:
         """The ids of a text as message content: no template, no BOS, control tokens in it are plain text."""
         return self._renderer().encode(text)
-
-    def load(self) -> None:
-        """Load the model now instead of at the first use."""
-        self._started()
 
     def think(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
@@ -117,12 +98,9 @@ class QueuedEngine(ABC):
             NumericalError: NaN or Inf came up.
             RequestTimeoutError, EngineBusyError, EngineClosedError, KvMemoryError, PromptError, ConfigurationError
         """
-        queue, build = self._started(), self._builder().thinking
-        return wait_for_context(
-            queue,
-            lambda deliver: build(prompt, steps, context, options, deliver),
-            start_operation("think", self.model_path, {**options, "steps": steps}),
-        )
+        self.load()
+        with start_operation("think", self.model_path, {**options, "steps": steps}) as operation:
+            return wait(self._thinking(prompt, steps, context, options), operation)
 
     def generate(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
@@ -150,12 +128,10 @@ class QueuedEngine(ABC):
         Raises:
             As `think`; what can be checked before work starts is raised at once, not at the first chunk.
         """
-        queue, build = self._started(), self._builder().answering
-        return ChunkStream(
-            queue,
-            lambda deliver: build(prompt, context, options, deliver),
-            start_operation("chat", self.model_path, options),
-        )
+        self.load()
+        operation = start_operation("chat", self.model_path, options)
+        with operation.failing():
+            return ChunkStream(self._answering(prompt, context, options), operation)
 
     def replay(self, context: Context) -> Context:
         """The same context with its KV-cache rebuilt (or found again): one prefill of its lineage.
@@ -163,9 +139,9 @@ class QueuedEngine(ABC):
         Raises:
             As `think`.
         """
-        queue, build = self._started(), self._builder().replaying
-        operation = start_operation("replay", self.model_path)
-        return wait_for_context(queue, lambda deliver: build(context, deliver), operation)
+        self.load()
+        with start_operation("replay", self.model_path) as operation:
+            return wait(self._replaying(context), operation)
 
     def resolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """The context a handle stands for.
@@ -180,17 +156,17 @@ class QueuedEngine(ABC):
             FingerprintMismatchError: It belongs to another model, and the engine cannot receive it.
         """
         context = self.store.get(handle, scope=scope)
-        self._builder().check_receivable(context)
+        self._check_receivable(context)
         return context
 
     async def athink(
         self, prompt: Prompt, *, steps: int = 20, context: Context | None = None, **options: Unpack[ThinkOptions]
     ) -> Context:
         """Asynchronous `think`; cancelling the task ends the request."""
-        queue = await asyncio.to_thread(self._started)
-        build = self._builder().thinking
-        operation = start_operation("think", self.model_path, {**options, "steps": steps})
-        return await await_context(queue, lambda deliver: build(prompt, steps, context, options, deliver), operation)
+        await asyncio.to_thread(self.load)
+        with start_operation("think", self.model_path, {**options, "steps": steps}) as operation:
+            work = await asyncio.to_thread(self._thinking, prompt, steps, context, options)
+            return await await_result(work, operation)
 
     async def agenerate(
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
@@ -206,20 +182,18 @@ class QueuedEngine(ABC):
         self, prompt: Prompt, *, context: Context | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Chunk, None]:
         """Asynchronous `stream`; leaving the iterator ends the request."""
-        queue = await asyncio.to_thread(self._started)
-        build = self._builder().answering
-        operation = start_operation("chat", self.model_path, options)
-        stream = stream_chunks(queue, lambda deliver: build(prompt, context, options, deliver), operation)
-        async with aclosing(stream):
-            async for chunk in stream:
-                yield chunk
+        await asyncio.to_thread(self.load)
+        with start_operation("chat", self.model_path, options) as operation:
+            work = await asyncio.to_thread(self._answering, prompt, context, options)
+            async with aclosing(achunks(work, operation)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def areplay(self, context: Context) -> Context:
         """Asynchronous `replay`."""
-        queue = await asyncio.to_thread(self._started)
-        build = self._builder().replaying
-        operation = start_operation("replay", self.model_path)
-        return await await_context(queue, lambda deliver: build(context, deliver), operation)
+        await asyncio.to_thread(self.load)
+        with start_operation("replay", self.model_path) as operation:
+            return await await_result(await asyncio.to_thread(self._replaying, context), operation)
 
     async def aresolve(self, handle: ContextHandle | Mapping[str, Any] | str, *, scope: str | None = None) -> Context:
         """Asynchronous `resolve`."""
