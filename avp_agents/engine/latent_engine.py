@@ -14,6 +14,7 @@ from typing_extensions import override
 from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import Context
+from avp_agents.engine.core.kv_pool import Owner
 from avp_agents.engine.core.scheduler import EngineStats
 from avp_agents.engine.crossing import Crossing, Reread
 from avp_agents.engine.directory import add_engine
@@ -22,9 +23,7 @@ from avp_agents.engine.loading.source import InMemory, Pretrained
 from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.engine.requests import RequestBuilder
 from avp_agents.engine.runtime import ModelRuntime
-from avp_agents.engine.sequences import Scheduled
-from avp_agents.engine.verbs import EngineVerbs
-from avp_agents.engine.work import Work, await_result, wait
+from avp_agents.engine.verbs import EngineVerbs, Work, await_result, wait
 from avp_agents.models import resolve_model
 from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.prompt.plan import PromptRenderer
@@ -49,7 +48,8 @@ class LatentEngine(EngineVerbs):
         self.model_path = runtime.name
         self.store = store
         self._runtime = runtime
-        self._requests = RequestBuilder(runtime, store, runtime.name)
+        self._owner = Owner(runtime.offload_to(store))
+        self._builder: RequestBuilder | None = None
         self._finalizer = weakref.finalize(self, self._runtime.close)
         # an engine that shares its runtime keeps the one alive whose end closes it
         self._first: LatentEngine | None = None
@@ -63,7 +63,7 @@ class LatentEngine(EngineVerbs):
         """
         tenant = copy.copy(self)
         tenant.store = store
-        tenant._requests = RequestBuilder(self._runtime, store, self.model_path)
+        tenant._owner, tenant._builder = Owner(self._runtime.offload_to(store)), None
         tenant._first = self
         return tenant
 
@@ -249,7 +249,13 @@ class LatentEngine(EngineVerbs):
 
     @override
     def load(self) -> None:
-        self._runtime.scheduler  # noqa: B018  (the first look starts it)
+        self._requests  # noqa: B018  (the first look loads the model)
+
+    @property
+    def _requests(self) -> RequestBuilder:
+        if self._builder is None:
+            self._builder = RequestBuilder(self._runtime, self.store, self._owner)
+        return self._builder
 
     @override
     def _renderer(self) -> PromptRenderer:
@@ -257,24 +263,20 @@ class LatentEngine(EngineVerbs):
 
     @override
     def _thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Work[Context]:
-        thought = self._requests.thought(prompt, steps, context, options)
-        return Scheduled(self._runtime.scheduler, thought, thought.events)
+        return self._requests.thought(prompt, steps, context, options)
 
     @override
     def _answering(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Work[Chunk]:
-        answer = self._requests.answer(prompt, context, options)
-        return Scheduled(self._runtime.scheduler, answer, answer.events)
+        return self._requests.answer(prompt, context, options)
 
     @override
     def _replaying(self, context: Context) -> Work[Context]:
-        replay = self._requests.replay(context)
-        return Scheduled(self._runtime.scheduler, replay, replay.events)
+        return self._requests.replay(context)
 
     def _joining(
         self, contexts: Seq[Context], strategy: JoinStrategy, timeout: float | None, source: str
     ) -> Work[Context]:
-        join = self._requests.join(contexts, strategy, timeout, source)
-        return Scheduled(self._runtime.scheduler, join, join.events)
+        return self._requests.join(contexts, strategy, timeout, source)
 
     @override
     def _check_receivable(self, context: Context) -> None:

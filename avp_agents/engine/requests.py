@@ -9,6 +9,7 @@ from typing import Any
 
 from avp_agents.answer.builder import AnswerBuilder
 from avp_agents.answer.detokenizer import TextStream
+from avp_agents.answer.generation import Chunk
 from avp_agents.answer.grammar import Constraint, Grammar
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.answer.reasoning import CLOSING
@@ -23,7 +24,8 @@ from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.engine.reception import Reception
 from avp_agents.engine.runtime import ModelRuntime
 from avp_agents.engine.sampling_options import sampling_params
-from avp_agents.engine.sequences import Answer, Replay, Report, Thought
+from avp_agents.engine.sequences import Answer, Delivering, Replay, Report, Scheduled, Thought
+from avp_agents.engine.verbs import T, Work
 from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, StoreError
 from avp_agents.kv_cache import HostKv
 from avp_agents.prompt.chat_messages import Prompt
@@ -40,39 +42,37 @@ class RequestBuilder:
     """Makes sequences for one model. Everything that can be checked before work starts is checked here.
 
     Args:
-        runtime: The model.
+        runtime: The model; it is loaded now.
         store: Where evicted KV-caches may be.
-        model_path: The model's name, for messages.
+        owner: The store as the pool knows it.
     """
 
-    def __init__(self, runtime: ModelRuntime, store: ContextStore, model_path: str) -> None:
-        self._runtime, self._store, self._model_path = runtime, store, model_path
-        self._owner = Owner(runtime.offload_to(store))
+    def __init__(self, runtime: ModelRuntime, store: ContextStore, owner: Owner) -> None:
+        self._runtime, self._store, self._owner = runtime, store, owner
+        self._scheduler, self._loaded, self._latent_step = runtime.scheduler, runtime.loaded, runtime.latent_step
         self._reception = Reception(runtime, store)
 
-    def thought(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Thought:
+    def thought(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Work[Context]:
         """For `LatentEngine.think`."""
         if unknown := sorted(set(options) - set(_THINK_OPTIONS)):
             raise ConfigurationError(f"Unknown option {unknown[0]!r}; known options: {', '.join(_THINK_OPTIONS)}.")
-        runtime = self._runtime
         latent: dict[str, Any] = {name: value for name, value in options.items() if name not in _NOT_LATENT}
-        recipe = runtime.latent_step.recipe(steps, **latent)
-        runtime.prepare(recipe)
+        recipe = self._latent_step.recipe(steps, **latent)
+        self._runtime.prepare(recipe)
         if steps > DEGENERATE_STEPS:
             warnings.warn(f"{steps} latent steps: quality falls from {DEGENERATE_STEPS} on.", stacklevel=4)
         plan, crossed = self._plan(prompt, context, options)
         plan.check_window(self._runtime.window, recipe.steps)
         request, report = self._prompt_request(plan, options), self._report(plan.relation, plan.notes, crossed)
         # f, a stopping rule, or the readout of a run that may end early
-        looks_at_logits = runtime.latent_step.needs_logits(recipe) or recipe.stop_cosine is not None
-        return Thought(request, recipe, report, looks_at_logits=looks_at_logits)
+        looks_at_logits = self._latent_step.needs_logits(recipe) or recipe.stop_cosine is not None
+        return self._work(Thought(request, recipe, report, looks_at_logits=looks_at_logits))
 
-    def answer(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Answer:
+    def answer(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Work[Chunk]:
         """For `LatentEngine.generate` and `stream`."""
         runtime = self._runtime
-        vocabulary = runtime.loaded.vocabulary
-        stop_ids = runtime.renderer.stop_ids
-        params = sampling_params(options, vocab_limit=vocabulary.size, eos_token_ids=stop_ids)
+        size, stop_ids = self._loaded.vocabulary.size, runtime.renderer.stop_ids
+        params = sampling_params(options, vocab_limit=size, eos_token_ids=stop_ids)
         plan, crossed = self._plan(prompt, context, options)
         max_tokens = params.token_budget(runtime.window - len(plan))
         plan.check_window(self._runtime.window, max(1, max_tokens))
@@ -86,12 +86,12 @@ class RequestBuilder:
         split = plan.reasoning_split(marked=runtime.renderer.marks_reasoning)
         ends, asked = frozenset(params.stop_token_ids), params.logprobs is not None
         builder = AnswerBuilder(max_tokens, ends, text, split, runtime.token_text, logprobs=asked)
-        return Answer(request, max_tokens, sampler, builder, report)
+        return self._work(Answer(request, max_tokens, sampler, builder, report))
 
-    def replay(self, context: Context) -> Replay:
+    def replay(self, context: Context) -> Work[Context]:
         """For `LatentEngine.replay`."""
         self.check_model(context)
-        return Replay(self._request(context), self._report("replay"))
+        return self._work(Replay(self._request(context), self._report("replay")))
 
     def _constraint(self, grammar: Grammar | None, plan: PromptPlan, max_tokens: int) -> Constraint | None:
         """What the answer may be; reasoning that the prompt has opened stands before it."""
@@ -100,20 +100,23 @@ class RequestBuilder:
         after = CLOSING if plan.opens_reasoning else None
         return self._runtime.grammars.constraint(grammar, max_tokens, after=after)
 
-    def join(self, contexts: Seq[Context], strategy: JoinStrategy, timeout: float | None, source: str) -> Replay:
+    def join(self, contexts: Seq[Context], strategy: JoinStrategy, timeout: float | None, source: str) -> Work[Context]:
         """For `LatentEngine.join`: what a joined context does not find in the pool is prefilled."""
         received = [self._reception.receive_context(context) for context in contexts]
         contexts = [context for context, _ in received]
         notes = tuple(f"{handoff.mode}: {handoff.reason}" for _, handoff in received if handoff is not None)
         joined = Joiner(self._runtime.renderer.whole_turns).join(contexts, strategy)
         joined = replace(joined, notes=notes + joined.notes)
-        loaded, window = self._runtime.loaded, self._runtime.window
+        loaded, window = self._loaded, self._runtime.window
         context = Context(loaded.fingerprint, loaded.dtype_name, joined.lineage)
         if len(context) >= window:
             raise ContextWindowError(window=window, context=len(context), prompt=0, requested=1)
         request = self._request(context)
         _limit(request, timeout, source)
-        return Replay(request, JoinReport(loaded.fingerprint, loaded.dtype_name, joined))
+        return self._work(Replay(request, JoinReport(loaded.fingerprint, loaded.dtype_name, joined)))
+
+    def _work(self, sequence: Delivering[T]) -> Work[T]:
+        return Scheduled(self._scheduler, sequence)
 
     def _plan(
         self, prompt: Prompt, context: Context | None, options: ThinkOptions | GenerateOptions
@@ -144,11 +147,11 @@ class RequestBuilder:
         return Request(self._owner, base, prompt_ids, prefix, host_kv, host_context)
 
     def _report(self, relation: str, notes: tuple[str, ...] = (), crossed: Handoff | None = None) -> Report:
-        loaded = self._runtime.loaded
+        loaded = self._loaded
         return Report(loaded.fingerprint, loaded.dtype_name, relation, notes, crossed)
 
     def _is_ours(self, context: Context) -> bool:
-        loaded = self._runtime.loaded
+        loaded = self._loaded
         return (context.fingerprint, context.dtype) == (loaded.fingerprint, loaded.dtype_name)
 
     def _stored_kv(self, context: Context | None) -> HostKv | None:
@@ -177,8 +180,8 @@ class RequestBuilder:
         Raises:
             FingerprintMismatchError: It is one.
         """
-        loaded = self._runtime.loaded
-        check_fingerprint(context, loaded.fingerprint, self._model_path)
+        loaded = self._loaded
+        check_fingerprint(context, loaded.fingerprint, self._runtime.name)
         if context.dtype != loaded.dtype_name:
             raise FingerprintMismatchError(
                 f"The context was made in {context.dtype}, this engine runs {loaded.dtype_name}; give both one dtype."

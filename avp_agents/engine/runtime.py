@@ -47,6 +47,9 @@ class ModelRuntime:
     Args:
         source: Where tokenizer and weights come from.
         **options: See `LatentEngine.from_pretrained`.
+
+    Attributes:
+        name: What the model is called, for people.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class ModelRuntime:
             raise ConfigurationError("max_batch and max_queue must be at least 1.")
         if reread not in (True, False, "all"):
             raise ConfigurationError(f"reread must be True, False or 'all', not {reread!r}.")
+        self.name = source.name
         self._source = source
         self._batch_invariant, self._capture_steps = batch_invariant, capture_steps
         self._kv_pool_bytes, self._max_batch, self._max_queue = kv_pool_bytes, max_batch, max_queue
@@ -82,12 +86,7 @@ class ModelRuntime:
         with self._lock:
             return self._source.tokenizer_files()
 
-    @property
-    def name(self) -> str:
-        """What the model is called, for people."""
-        return self._source.name
-
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; needs no weights."""
         return self._tokenizer_files.tokenizer
@@ -96,7 +95,7 @@ class ModelRuntime:
         """A token's text, for log-probabilities."""
         return str(self.tokenizer.decode([token_id]))
 
-    @property
+    @cached_property
     def window(self) -> int:
         """Positions the model supports; needs no weights."""
         return self._tokenizer_files.window
@@ -131,7 +130,7 @@ class ModelRuntime:
     @cached_property
     def crossing(self) -> Crossing:
         """The way out of this model and into it, for contexts of others."""
-        return Crossing(self, self._source.name)
+        return Crossing(self, self.name)
 
     @property
     def latent_step(self) -> LatentStep:

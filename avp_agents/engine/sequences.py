@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic
 
 from typing_extensions import override
 
@@ -14,11 +14,9 @@ from avp_agents.context import Context, LatentRecipe, Readout, Segment, TokenSeg
 from avp_agents.engine.core.sampling import RowSampler, Sampled
 from avp_agents.engine.core.scheduler import Scheduler
 from avp_agents.engine.core.sequence import Decoding, Request, Sequence, Thinking
-from avp_agents.engine.work import Events, Work
+from avp_agents.engine.verbs import Events, T, Work
 from avp_agents.errors import AvpError
 from avp_agents.usage import Handoff, HandoffMode, Usage
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -110,11 +108,29 @@ class Report:
         )
 
 
+class Delivering(Sequence, Generic[T]):
+    """A sequence that owns the queue of events to its caller.
+
+    Attributes:
+        events: What comes of it.
+    """
+
+    events: Events[T]
+    _last: T | None = None
+
+    @override
+    def ended(self, error: AvpError | None) -> None:
+        if error is not None:
+            self.events.put(error)
+        elif self._last is not None:
+            self.events.put(self._last)
+
+
 class Scheduled(Work[T]):
     """Work that a scheduler runs as a sequence."""
 
-    def __init__(self, scheduler: Scheduler, sequence: Sequence, events: Events[T]) -> None:
-        super().__init__(events)
+    def __init__(self, scheduler: Scheduler, sequence: Delivering[T]) -> None:
+        super().__init__(sequence.events)
         self._scheduler, self._sequence = scheduler, sequence
 
     @override
@@ -126,57 +142,46 @@ class Scheduled(Work[T]):
         self._scheduler.cancel(self._sequence)
 
 
-class Replay(Sequence):
+class Replay(Delivering[Context]):
     """Rebuilds a context's KV-cache; done when that is prefilled."""
 
     def __init__(self, request: Request, report: Report) -> None:
         super().__init__(request, more=0)
-        self.events: Events[Context] = Events()
+        self.events = Events()
         self._report = report
-        self._context: Context | None = None
 
     @override
     def result(self) -> Context:
         base = self.request.base
         readout = base.readout if base is not None else None
-        self._context = self._report.context(self, self.lineage, self._report.usage(self), readout)
-        return self._context
-
-    @override
-    def ended(self, error: AvpError | None) -> None:
-        deliver(self.events, error, self._context)
+        self._last = self._report.context(self, self.lineage, self._report.usage(self), readout)
+        return self._last
 
 
-class Thought(Thinking):
+class Thought(Thinking, Delivering[Context]):
     """Runs latent steps; the context ends in them."""
 
     def __init__(self, request: Request, recipe: LatentRecipe, report: Report, *, looks_at_logits: bool) -> None:
         super().__init__(request, recipe, looks_at_logits=looks_at_logits)
-        self.events: Events[Context] = Events()
+        self.events = Events()
         self._report = report
-        self._context: Context | None = None
 
     @override
     def result(self) -> Context:
         usage = self._report.usage(self, latent_steps=len(self.latents))
-        self._context = self._report.context(self, self.latent_lineage(), usage, self.readout)
-        return self._context
-
-    @override
-    def ended(self, error: AvpError | None) -> None:
-        deliver(self.events, error, self._context)
+        self._last = self._report.context(self, self.latent_lineage(), usage, self.readout)
+        return self._last
 
 
-class Answer(Decoding):
+class Answer(Decoding, Delivering[Chunk]):
     """Decodes an answer and delivers it piece by piece."""
 
     def __init__(
         self, request: Request, most: int, sampler: RowSampler, builder: AnswerBuilder, report: Report
     ) -> None:
         super().__init__(request, most, sampler)
-        self.events: Events[Chunk] = Events()
+        self.events = Events()
         self._builder, self._report = builder, report
-        self._last: Chunk | None = None
 
     @override
     def accept(self, sampled: Sampled) -> bool:
@@ -195,13 +200,3 @@ class Answer(Decoding):
         self.keep_only(ids)
         self._last = self._builder.finish(context, usage, report.handoff(self))
         return context
-
-    @override
-    def ended(self, error: AvpError | None) -> None:
-        deliver(self.events, error, self._last)
-
-
-def deliver(events: Events[T], error: AvpError | None, result: T | None) -> None:
-    """Tell why there is no result, or the result."""
-    assert error is not None or result is not None
-    events.put(error if error is not None else result)  # pyright: ignore[reportArgumentType]

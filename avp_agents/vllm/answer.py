@@ -20,7 +20,7 @@ from avp_agents.answer.generation import Chunk
 from avp_agents.answer.grammar import Constraint
 from avp_agents.context import Context, Readout, Segment, TokenSegment
 from avp_agents.engine.core.sampling import Sampled
-from avp_agents.engine.work import Events
+from avp_agents.engine.verbs import Events
 from avp_agents.errors import EngineError
 from avp_agents.usage import Handoff, Usage
 from avp_agents.vllm.backend import Decoding, Step

@@ -16,8 +16,7 @@ from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import Context
 from avp_agents.engine.protocol import JoinStrategy
-from avp_agents.engine.verbs import EngineVerbs
-from avp_agents.engine.work import Work, wait
+from avp_agents.engine.verbs import EngineVerbs, Work, wait
 from avp_agents.errors import EngineClosedError, RequestTimeoutError
 from avp_agents.models import resolve_model
 from avp_agents.prompt.chat_messages import Prompt

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from typing_extensions import override
 
-from avp_agents.engine.work import Work
+from avp_agents.engine.verbs import Work
 from avp_agents.errors import (
     AvpError,
     EngineClosedError,

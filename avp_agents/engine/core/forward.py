@@ -88,7 +88,6 @@ class ModelRunner:
         """One forward pass."""
         size = self._size(pieces)
         layout, positions = self._layout(pieces, size)
-        self._cache.place(layout.slots)
         lasts = [row.first + row.count - 1 for row in layout.rows]
         wanted = [last for last, piece in zip(lasts, pieces, strict=True) if piece.wants_logits]
         logits_at = torch.tensor(self._logits_at(wanted, pieces, size), device=self.loaded.device) if wanted else None

@@ -107,7 +107,6 @@ class CapturedRunner(ModelRunner):
         )
 
         def run(embeddings, positions, slots, where, lengths):
-            self._cache.place(slots)
             layout = Layout(slots=slots, attend=PaddedRows(where, lengths).attend)
             everywhere = torch.arange(rows, device=device)
             return self._forward(embeddings, positions, everywhere, self._cache, layout)

@@ -61,7 +61,6 @@ def _pass(
 ) -> torch.Tensor:
     bases = torch.cat([torch.full((row.count,), row.base) for row in rows])
     layout = Layout(slots=(bases + positions).to(inputs.device), rows=rows)
-    cache.place(layout.slots)
     return forward(inputs, positions.to(inputs.device), None, cache, layout)[0].float()
 
 
