@@ -14,16 +14,16 @@ from typing_extensions import override
 from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import Context
+from avp_agents.crossing.sides import Crossing, Reread
 from avp_agents.engine.core.kv_pool import Owner
 from avp_agents.engine.core.scheduler import EngineStats
-from avp_agents.engine.crossing import Crossing, Reread
-from avp_agents.engine.directory import add_engine
 from avp_agents.engine.foreign import check_values
 from avp_agents.engine.loading.source import InMemory, Pretrained
+from avp_agents.engine.local_engine import LocalEngine, add_engine
 from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.engine.requests import RequestBuilder
 from avp_agents.engine.runtime import ModelRuntime
-from avp_agents.engine.verbs import EngineVerbs, Work, await_result, wait
+from avp_agents.engine.verbs import Work, await_result, wait
 from avp_agents.models import resolve_model
 from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.prompt.plan import PromptRenderer
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LatentEngine(EngineVerbs):
+class LatentEngine(LocalEngine):
     """Thinks, generates and replays on an open-weight model, for many callers at once (`avp_agents.engine.protocol`).
 
     Example:
@@ -52,10 +52,11 @@ class LatentEngine(EngineVerbs):
         self._builder: RequestBuilder | None = None
         self._finalizer = weakref.finalize(self, self._runtime.close)
         # an engine that shares its runtime keeps the one alive whose end closes it
-        self._first: LatentEngine | None = None
+        self._first: Self | None = None
         add_engine(self)
 
-    def for_store(self, store: ContextStore) -> LatentEngine:
+    @override
+    def for_store(self, store: ContextStore) -> Self:
         """This engine for another tenant: the same weights, batches and KV memory, with a store of its own.
 
         Nothing is shared between the two: a KV-cache serves only requests of the store that it belongs to. Closing
@@ -169,13 +170,13 @@ class LatentEngine(EngineVerbs):
         return self._runtime.loaded.weight_bytes
 
     @property
+    @override
     def loaded_fingerprint(self) -> str | None:
-        """As `fingerprint`, but None where the weights are not loaded, or not any more."""
         return self._runtime.loaded_fingerprint
 
     @property
+    @override
     def crossing(self) -> Crossing:
-        """What this model tells others of its contexts, and how it takes theirs; see `avp_agents.engine.crossing`."""
         return self._runtime.crossing
 
     @property

@@ -14,12 +14,12 @@ import torch
 from platformdirs import user_cache_path
 
 from avp_agents.answer.grammar import GrammarCompiler
+from avp_agents.crossing.sides import Crossing, Reread, Side
 from avp_agents.engine.core.forward import ModelRunner
 from avp_agents.engine.core.kv_pool import KvPool, PooledKv
 from avp_agents.engine.core.latent_step import LatentStep
 from avp_agents.engine.core.model import LoadedModel
 from avp_agents.engine.core.scheduler import Model, Scheduler
-from avp_agents.engine.crossing import Crossing, Reread
 from avp_agents.engine.extras.graph import CapturedRunner
 from avp_agents.engine.extras.invariant import INVARIANT_CHUNK, ChunkNotes, InvariantRunner, same_shapes
 from avp_agents.engine.extras.splice import Splices
@@ -75,7 +75,7 @@ class ModelRuntime:
         self._kv_pool_bytes, self._max_batch, self._max_queue = kv_pool_bytes, max_batch, max_queue
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
         self.reread: Reread = reread
-        self.project_vectors = project_vectors
+        self._project_vectors = project_vectors
         self._lock = threading.RLock()
         self._scheduler: Scheduler | None = None
         self._closed = False
@@ -130,7 +130,20 @@ class ModelRuntime:
     @cached_property
     def crossing(self) -> Crossing:
         """The way out of this model and into it, for contexts of others."""
-        return Crossing(self, self.name)
+        return Crossing(self.name, self._side, project_vectors=self._project_vectors)
+
+    def _side(self) -> Side:
+        loaded, latent_step = self.loaded, self.latent_step
+        return Side(
+            fingerprint=loaded.fingerprint,
+            dtype=loaded.dtype_name,
+            tokenizer=self.tokenizer,
+            renderer=self.renderer,
+            vocabulary_size=loaded.vocabulary.size,
+            embed=loaded.vocabulary.embed,
+            mean_norm=lambda: latent_step.mean_norm,
+            device=loaded.vocabulary.device,
+        )
 
     @property
     def latent_step(self) -> LatentStep:
