@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AvpError": "errors",
-    "Chunk": "engine.base",
+    "Chunk": "answer.generation",
     "Context": "context",
     "ContextHandle": "handle",
     "ContextHandleState": "handle",
     "ContextStore": "store",
     "DiskStore": "store",
-    "Engine": "engine.base",
-    "Generation": "engine.base",
+    "Engine": "engine.protocol",
+    "Generation": "answer.generation",
     "Handoff": "usage",
     "LatentEngine": "engine.latent_engine",
     "LatentSegment": "context",

@@ -301,6 +301,10 @@ class Context:
         """The same value with another KV-cache attached; this object keeps its own."""
         return replace(self, _attached=replace(self._attached, kv=kv))
 
+    def without_kv(self) -> Context:
+        """The same value without a KV-cache, under the same handle."""
+        return Context(self.fingerprint, self.dtype, self.lineage, self.readout, _Attachments(handle=self.handle))
+
     @property
     def usage(self) -> Usage | None:
         """What making this context cost; None for a context that came out of a store."""

@@ -68,6 +68,15 @@ class Operation:
         if span is not None:
             span.end()
 
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """A block that fails the request where it raises, and else leaves it open."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
     def __enter__(self) -> Self:
         return self
 

@@ -15,21 +15,29 @@ lineage that they come from (`LatentSegment.origin`): a thought that is made at 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from avp_agents.context import Context, LatentSegment, Segment, SplicedSegment, TokenSegment, leaves, prefix_of
-from avp_agents.engine.core.request import Request
-from avp_agents.engine.core.sequence import Replaying
-from avp_agents.engine.core.start import shared_positions
+from typing_extensions import override
+
+from avp_agents.context import Context, SplicedSegment, TokenSegment, prefix_of
+from avp_agents.engine.core.sequence import Sequence
 from avp_agents.engine.protocol import JoinStrategy
+from avp_agents.engine.sequences import Report
 from avp_agents.errors import ConfigurationError, PromptError
+from avp_agents.lineage import (
+    Lineage,
+    distinct,
+    ids_of,
+    in_one_piece,
+    length_of,
+    moved,
+    shared_positions,
+    suffix_of,
+)
 from avp_agents.prompt.whole_turns import WholeTurns
 from avp_agents.usage import Handoff, HandoffMode
-
-Lineage = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Joiner:
     def __init__(self, turns: WholeTurns) -> None:
         self._turns = turns
 
-    def join(self, contexts: Sequence[Context], strategy: JoinStrategy) -> Joined:
+    def join(self, contexts: Seq[Context], strategy: JoinStrategy) -> Joined:
         """Plan a join; nothing is computed.
 
         Raises:
@@ -74,35 +82,35 @@ class Joiner:
             )
         if not contexts or not all(len(context) for context in contexts):
             raise ConfigurationError("There is nothing to join; pass at least one context, and none that is empty.")
-        distinct = _distinct(contexts)
-        left_out = len(contexts) - len(distinct)
+        kept = distinct(contexts)
+        left_out = len(contexts) - len(kept)
         notes = (f"{left_out} of {len(contexts)} contexts left out: others hold them",) if left_out else ()
         if strategy == "text":
-            joined = self._as_text(distinct)
-        elif len(distinct) == 1:
-            joined = Joined(distinct[0].lineage, None, 1)
+            joined = self._as_text(kept)
+        elif len(kept) == 1:
+            joined = Joined(kept[0].lineage, None, 1)
         else:
-            joined = self._behind_one_another(distinct, strategy)
+            joined = self._behind_one_another(kept, strategy)
         return replace(joined, notes=notes + joined.notes)
 
-    def _behind_one_another(self, contexts: Sequence[Context], strategy: JoinStrategy) -> Joined:
+    def _behind_one_another(self, contexts: Seq[Context], strategy: JoinStrategy) -> Joined:
         first, *others = contexts
-        lineage = first.lineage if strategy == "splice" else _in_one_piece(first)
+        lineage = first.lineage if strategy == "splice" else in_one_piece(first)
         taken = len(first)
         for other in others:
             shared = self._shared_turns(first, other)
-            tail = _behind(other.lineage if strategy == "splice" else _moved(other), shared)
+            tail = suffix_of(other.lineage if strategy == "splice" else moved(other), shared)
             taken += len(other) - shared
             if strategy == "splice":
                 closed = self._without_end(tail)
-                taken -= _positions(tail) - _positions(closed)
+                taken -= length_of(tail) - length_of(closed)
                 tail = (SplicedSegment(closed, shared),) if closed else ()
             if tail:
                 lineage = (*lineage, *self._end_of_turn(lineage, gap=True), *tail)
         lineage = (*lineage, *self._end_of_turn(lineage, gap=False))
-        return Joined(lineage, strategy, len(contexts), new=_positions(lineage) - taken)
+        return Joined(lineage, strategy, len(contexts), new=length_of(lineage) - taken)
 
-    def _as_text(self, contexts: Sequence[Context]) -> Joined:
+    def _as_text(self, contexts: Seq[Context]) -> Joined:
         texts: list[str] = []
         notes: list[str] = []
         for number, context in enumerate(contexts, start=1):
@@ -125,7 +133,7 @@ class Joiner:
 
     def _shared_turns(self, one: Context, other: Context) -> int:
         """Leading positions that two contexts have in common, cut behind the last end of a turn."""
-        ids = _ids(other.lineage)[: shared_positions(one.lineage, other.lineage)]
+        ids = ids_of(other.lineage)[: shared_positions(one.lineage, other.lineage)]
         mark = [self._turns.end[-1], *self._turns.gap]
         for stop in range(len(ids), len(mark) - 1, -1):
             if ids[stop - len(mark) : stop] == mark:
@@ -147,81 +155,26 @@ class Joiner:
         return (*before, TokenSegment(last.token_ids[:-1])) if len(last) > 1 else tuple(before)
 
 
-class Joining(Replaying):
-    """Prefills what a joined context does not find in the pool."""
+class JoinReport(Report):
+    """Which strategy ran, and how much had to be computed again for it."""
 
-    def __init__(self, request: Request, joined: Joined) -> None:
-        super().__init__(request)
+    def __init__(self, fingerprint: str, dtype: str, joined: Joined) -> None:
+        super().__init__(fingerprint, dtype, "join")
         self._joined = joined
 
-    def handoff(self) -> Handoff:
-        """Which strategy ran, and how much had to be computed again for it."""
-        joined, placement = self._joined, self.placement
+    @override
+    def handoff(self, of: Sequence) -> Handoff:
+        joined, started = self._joined, of.started
         if joined.strategy is None:
-            return replace(super().handoff(), reason="one context: nothing to join", notes=joined.notes)
-        again = max(0, self.total - joined.new - placement.reused)
+            return replace(super().handoff(of), reason="one context: nothing to join", notes=joined.notes)
+        again = max(0, of.total - joined.new - started.reused)
         mode: HandoffMode = "text" if joined.strategy == "text" else "kv" if again <= joined.contexts else "replay"
         return Handoff(
             mode=mode,
             reason=f"{joined.contexts} contexts joined by {joined.strategy}",
-            bytes=placement.bytes_moved,
-            milliseconds=1e3 * (placement.seconds + self.prefilled - self.admitted),
-            positions_reused=placement.reused,
+            bytes=started.bytes_moved,
+            milliseconds=1e3 * (started.seconds + of.prefilled - of.admitted),
+            positions_reused=started.reused,
             positions_replayed=again if mode == "replay" else 0,
             notes=joined.notes,
         )
-
-
-def _distinct(contexts: Sequence[Context]) -> list[Context]:
-    """The contexts that no other one holds, each once, in order."""
-    distinct: list[Context] = []
-    for index, context in enumerate(contexts):
-        others = (other for i, other in enumerate(contexts) if i != index)
-        held = any(other.extends(context) and not context.extends(other) for other in others)
-        if not held and not any(kept.recipe_id == context.recipe_id for kept in distinct):
-            distinct.append(context)
-    return distinct
-
-
-def _in_one_piece(context: Context) -> Lineage:
-    """A lineage with its splices dissolved; from the first one on, latent steps were made behind another lineage."""
-    splices = [index for index, segment in enumerate(context.lineage) if isinstance(segment, SplicedSegment)]
-    return (*context.lineage[: splices[0]], *_moved(context, splices[0])) if splices else context.lineage
-
-
-def _moved(context: Context, start: int = 0) -> Lineage:
-    """A lineage from segment `start` on, in one piece, to stand behind other positions than those it was made behind:
-    its latent steps say where that was."""
-    moved: list[Segment] = []
-    for recipe_id, segment in list(zip(context.recipe_ids, context.lineage, strict=True))[start:]:
-        for number, leaf in enumerate(leaves((segment,))):
-            place = f"{recipe_id}.{number}".encode()
-            origin = hashlib.blake2b(place, digest_size=32).hexdigest()
-            moved.append(replace(leaf, origin=origin) if isinstance(leaf, LatentSegment) else leaf)
-    return tuple(moved)
-
-
-def _behind(lineage: Lineage, positions: int) -> Lineage:
-    """What is left of a lineage without its first `positions` positions, which do not cut a run of latent steps."""
-    rest: list[Segment] = []
-    for segment in lineage:
-        skipped = min(positions, len(segment))
-        positions -= skipped
-        if not skipped:
-            rest.append(segment)
-        elif skipped < len(segment):
-            assert isinstance(segment, TokenSegment)
-            rest.append(TokenSegment(segment.token_ids[skipped:]))
-    return tuple(rest)
-
-
-def _ids(lineage: Lineage) -> list[int | None]:
-    """One entry per position: its token id, None where it is latent or spliced."""
-    ids: list[int | None] = []
-    for segment in lineage:
-        ids.extend(segment.token_ids if isinstance(segment, TokenSegment) else [None] * len(segment))
-    return ids
-
-
-def _positions(lineage: Lineage) -> int:
-    return sum(len(segment) for segment in lineage)

@@ -9,18 +9,23 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, Self
 
+from typing_extensions import override
+
+from avp_agents.answer.generation import Chunk
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import Context
-from avp_agents.engine.core.scheduler import EngineStats, Scheduler
-from avp_agents.engine.crossing import Crossing, Reread
-from avp_agents.engine.delivery import await_context, wait_for_context
-from avp_agents.engine.directory import add_engine
+from avp_agents.crossing.sides import Crossing, Reread
+from avp_agents.engine.core.kv_pool import Owner
+from avp_agents.engine.core.scheduler import EngineStats
 from avp_agents.engine.foreign import check_values
-from avp_agents.engine.loading.source import InMemory, ModelSource, Pretrained
+from avp_agents.engine.loading.source import InMemory, Pretrained
+from avp_agents.engine.local_engine import LocalEngine, add_engine
 from avp_agents.engine.protocol import JoinStrategy
-from avp_agents.engine.queued_engine import QueuedEngine
 from avp_agents.engine.requests import RequestBuilder
-from avp_agents.engine.runtime import EngineSettings, ModelRuntime
+from avp_agents.engine.runtime import ModelRuntime
+from avp_agents.engine.verbs import Work, await_result, wait
 from avp_agents.models import resolve_model
+from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.store import ContextStore, default_store
 from avp_agents.tracing import start_operation
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LatentEngine(QueuedEngine):
+class LatentEngine(LocalEngine):
     """Thinks, generates and replays on an open-weight model, for many callers at once (`avp_agents.engine.protocol`).
 
     Example:
@@ -39,17 +44,19 @@ class LatentEngine(QueuedEngine):
         ...     print(engine.generate("Solve step by step: 24 * 17 + 3", context=context).text)
     """
 
-    def __init__(self, source: ModelSource, store: ContextStore, settings: EngineSettings) -> None:
-        self.model_path = source.name
+    def __init__(self, runtime: ModelRuntime, store: ContextStore) -> None:
+        self.model_path = runtime.name
         self.store = store
-        self._runtime = ModelRuntime(source, settings)
-        self._requests = RequestBuilder(self._runtime, store, source.name)
+        self._runtime = runtime
+        self._owner = Owner(runtime.offload_to(store))
+        self._builder: RequestBuilder | None = None
         self._finalizer = weakref.finalize(self, self._runtime.close)
         # an engine that shares its runtime keeps the one alive whose end closes it
-        self._first: LatentEngine | None = None
+        self._first: Self | None = None
         add_engine(self)
 
-    def for_store(self, store: ContextStore) -> LatentEngine:
+    @override
+    def for_store(self, store: ContextStore) -> Self:
         """This engine for another tenant: the same weights, batches and KV memory, with a store of its own.
 
         Nothing is shared between the two: a KV-cache serves only requests of the store that it belongs to. Closing
@@ -57,7 +64,7 @@ class LatentEngine(QueuedEngine):
         """
         tenant = copy.copy(self)
         tenant.store = store
-        tenant._requests = RequestBuilder(self._runtime, store, self.model_path)
+        tenant._owner, tenant._builder = Owner(self._runtime.offload_to(store)), None
         tenant._first = self
         return tenant
 
@@ -108,19 +115,18 @@ class LatentEngine(QueuedEngine):
             ModelNotFoundError: No name was given, and no source has the default model.
             ConfigurationError: An option is out of range.
         """
-        settings = EngineSettings(
+        runtime = ModelRuntime(
+            Pretrained(resolve_model(name_or_path), device, dtype, tuple(adapters), dict(model_options)),
             batch_invariant=batch_invariant,
             kv_pool_bytes=kv_pool_bytes,
             max_batch=max_batch,
             max_queue=max_queue,
             capture_steps=capture_steps,
-            chat_template_kwargs=dict(chat_template_kwargs or {}),
+            chat_template_kwargs=chat_template_kwargs,
             reread=reread,
             project_vectors=project_vectors,
         )
-        name = resolve_model(name_or_path)
-        source = Pretrained(name, device, dtype, tuple(adapters), dict(model_options))
-        return cls(source, store if store is not None else default_store(), settings)
+        return cls(runtime, store if store is not None else default_store())
 
     @classmethod
     def from_model(
@@ -140,8 +146,8 @@ class LatentEngine(QueuedEngine):
             **settings: ``batch_invariant``, ``kv_pool_bytes``, ``max_batch``, ``max_queue``, ``capture_steps``,
                 ``chat_template_kwargs``, ``reread``, ``project_vectors`` as in `from_pretrained`.
         """
-        source = InMemory(model, tokenizer)
-        return cls(source, store if store is not None else default_store(), EngineSettings(**settings))
+        runtime = ModelRuntime(InMemory(model, tokenizer), **settings)
+        return cls(runtime, store if store is not None else default_store())
 
     @property
     def fingerprint(self) -> str:
@@ -164,13 +170,13 @@ class LatentEngine(QueuedEngine):
         return self._runtime.loaded.weight_bytes
 
     @property
+    @override
     def loaded_fingerprint(self) -> str | None:
-        """As `fingerprint`, but None where the weights are not loaded, or not any more."""
         return self._runtime.loaded_fingerprint
 
     @property
+    @override
     def crossing(self) -> Crossing:
-        """What this model tells others of its contexts, and how it takes theirs; see `avp_agents.engine.crossing`."""
         return self._runtime.crossing
 
     @property
@@ -180,7 +186,7 @@ class LatentEngine(QueuedEngine):
 
     def stats(self) -> EngineStats:
         """Positions in use, requests running and waiting."""
-        return self._started().stats()
+        return self._runtime.scheduler.stats()
 
     def join(
         self,
@@ -213,12 +219,9 @@ class LatentEngine(QueuedEngine):
             ContextWindowError, FingerprintMismatchError, RequestTimeoutError, EngineBusyError, EngineClosedError,
             KvMemoryError
         """
-        build = self._requests.joining
-        return wait_for_context(
-            self._started(),
-            lambda deliver: build(contexts, strategy, timeout, source, deliver),
-            start_operation("join", self.model_path, {"strategy": strategy}),
-        )
+        self.load()
+        with start_operation("join", self.model_path, {"strategy": strategy}) as operation:
+            return wait(self._joining(contexts, strategy, timeout, source), operation)
 
     def accept(self, context: Context) -> Context:
         """A context that came from outside of this process, once it was checked; use it like any other.
@@ -228,7 +231,7 @@ class LatentEngine(QueuedEngine):
             IntegrityError: It holds values that this model cannot have made.
         """
         self._requests.check_model(context)
-        check_values(context, self._runtime.loaded, self._started().pool)
+        check_values(context, self._runtime.loaded, self._runtime.scheduler.pool)
         return context
 
     async def ajoin(
@@ -240,19 +243,42 @@ class LatentEngine(QueuedEngine):
         source: str = "",
     ) -> Context:
         """Asynchronous `join`; cancelling the task frees the sequence."""
-        build = self._requests.joining
-        scheduler = await asyncio.to_thread(self._started)
-        operation = start_operation("join", self.model_path, {"strategy": strategy})
-        return await await_context(
-            scheduler, lambda deliver: build(contexts, strategy, timeout, source, deliver), operation
-        )
+        await asyncio.to_thread(self.load)
+        with start_operation("join", self.model_path, {"strategy": strategy}) as operation:
+            work = await asyncio.to_thread(self._joining, contexts, strategy, timeout, source)
+            return await await_result(work, operation)
 
-    def _started(self) -> Scheduler:
-        """The scheduler; the first call loads the weights."""
-        return self._runtime.scheduler
+    @override
+    def load(self) -> None:
+        self._requests  # noqa: B018  (the first look loads the model)
 
-    def _builder(self) -> RequestBuilder:
-        return self._requests
+    @property
+    def _requests(self) -> RequestBuilder:
+        if self._builder is None:
+            self._builder = RequestBuilder(self._runtime, self.store, self._owner)
+        return self._builder
 
+    @override
     def _renderer(self) -> PromptRenderer:
         return self._runtime.renderer
+
+    @override
+    def _thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Work[Context]:
+        return self._requests.thought(prompt, steps, context, options)
+
+    @override
+    def _answering(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Work[Chunk]:
+        return self._requests.answer(prompt, context, options)
+
+    @override
+    def _replaying(self, context: Context) -> Work[Context]:
+        return self._requests.replay(context)
+
+    def _joining(
+        self, contexts: Seq[Context], strategy: JoinStrategy, timeout: float | None, source: str
+    ) -> Work[Context]:
+        return self._requests.join(contexts, strategy, timeout, source)
+
+    @override
+    def _check_receivable(self, context: Context) -> None:
+        self._requests.check_receivable(context)

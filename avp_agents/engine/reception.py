@@ -16,17 +16,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from avp_agents.context import Context
+from avp_agents.crossing.sides import Reread
 from avp_agents.crossing.thought import TELL, TELL_TOKENS, SpokenMessage, Thought
-from avp_agents.engine.casting import in_dtype
-from avp_agents.engine.crossing import Reread
-from avp_agents.engine.directory import find_engine
+from avp_agents.engine.local_engine import LocalEngine, find_engine
 from avp_agents.errors import FingerprintMismatchError
+from avp_agents.lineage import in_dtype
 from avp_agents.prompt.chat_messages import Message, Prompt
 from avp_agents.protocol.handshake import Shipment, handshake
 from avp_agents.usage import Handoff
 
 if TYPE_CHECKING:
-    from avp_agents.engine.latent_engine import LatentEngine
     from avp_agents.engine.runtime import ModelRuntime
     from avp_agents.store import ContextStore
 
@@ -75,7 +74,7 @@ class Reception:
 
     def __init__(self, runtime: ModelRuntime, store: ContextStore) -> None:
         self._crossing, self._store = runtime.crossing, store
-        self._reread: Reread = runtime.settings.reread
+        self._reread: Reread = runtime.reread
 
     def receive(self, prompt: Prompt, context: Context | None) -> Received:
         """Make the contexts of a request this model's own.
@@ -133,7 +132,7 @@ class Reception:
         own = self._crossing
         return context is not None and (context.fingerprint, context.dtype) != (own.fingerprint, own.dtype)
 
-    def _source_of(self, context: Context) -> LatentEngine:
+    def _source_of(self, context: Context) -> LocalEngine:
         source = find_engine(context.fingerprint)
         if source is None:
             raise FingerprintMismatchError(
@@ -158,7 +157,7 @@ class Reception:
         milliseconds = 1e3 * (time.monotonic() - started)
         return _Taken(made, spoken, replace(handoff, bytes=size, milliseconds=milliseconds))
 
-    def _thought(self, source: LatentEngine, context: Context) -> tuple[Handoff, Thought]:
+    def _thought(self, source: LocalEngine, context: Context) -> tuple[Handoff, Thought]:
         """What travels from a source of other weights, and as what."""
         shipment = Shipment(len(context), context.nbytes, None)
         decision = handshake(source.crossing.hello(), self._crossing.hello()).choose(shipment)
@@ -168,7 +167,7 @@ class Reception:
         handoff = Handoff(choice.mode, f"{decision.reason}; {choice.reason}")
         return handoff, self._told(source, context) if choice.mode == "text" else choice.thought
 
-    def _told(self, source: LatentEngine, context: Context) -> Thought:
+    def _told(self, source: LocalEngine, context: Context) -> Thought:
         """The source says its thought in words."""
         answer = source.for_store(self._store).generate(TELL, context=context, max_tokens=TELL_TOKENS)
         return Thought(context.fingerprint, context.recipe_id, (), (SpokenMessage("assistant", answer.text),))

@@ -10,9 +10,10 @@ from time import monotonic
 
 from typing_extensions import override
 
-from avp_agents.context import Context, LatentSegment, Segment, leaves
+from avp_agents.context import Context
 from avp_agents.errors import ContextLostError, StoreFullError
 from avp_agents.handle import ContextHandle
+from avp_agents.lineage import same_values
 from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.references import References, Removals, StoredHandle
@@ -226,7 +227,7 @@ class MemoryStore(ContextStore):
         entry = _Entry(head, monotonic(), False, handle, context.recipe_id, ttl, self._stored)
         self._references.add(handle.id, entry, sizes)
         if head not in self._contexts:
-            self._contexts[head] = context if kv or context.kv is None else without_kv(context)
+            self._contexts[head] = context if kv or context.kv is None else context.without_kv()
             self._recount(head)
         elif kv:
             self._complete(head, context)
@@ -252,7 +253,7 @@ class MemoryStore(ContextStore):
         context = self._contexts[entry.head]
         if context.handle is not None and context.handle.id == entry.handle.id:
             return context
-        twin = without_kv(context)
+        twin = context.without_kv()
         twin.attach(kv=context.kv, handle=entry.handle)
         return twin
 
@@ -285,7 +286,7 @@ class MemoryStore(ContextStore):
         """Hold no longer what was decided on. Who else holds one of these contexts keeps it as it is, with its KV."""
         removals, self._references.removals = self._references.removals, Removals()
         for head in removals.kv:
-            self._contexts[head] = without_kv(self._contexts[head])
+            self._contexts[head] = self._contexts[head].without_kv()
         for head in removals.ends:
             del self._contexts[head]
         return removals.report()
@@ -303,23 +304,3 @@ class MemoryStore(ContextStore):
     def _recount(self, head: str) -> None:
         kv = self._contexts[head].kv
         self._references.resize(head, kv=kv.nbytes if kv is not None and not kv.on_device else 0)
-
-
-def same_values(one: Context, other: Context) -> bool:
-    """Whether two contexts of the same recipe hold the same latent values, bit for bit.
-
-    Runs of one recipe may differ in their last bits. A KV-cache belongs to the values it was computed from.
-    """
-    pairs = zip(leaves(one.lineage), leaves(other.lineage), strict=True)
-    return all(a is b or _same_latents(a, b) for a, b in pairs if isinstance(a, LatentSegment))
-
-
-def _same_latents(one: LatentSegment, other: Segment) -> bool:
-    return isinstance(other, LatentSegment) and one.embeddings.equal(other.embeddings)
-
-
-def without_kv(context: Context) -> Context:
-    """The same value without a KV-cache, under the same handle."""
-    twin = Context(context.fingerprint, context.dtype, context.lineage, context.readout)
-    twin.attach(handle=context.handle)
-    return twin

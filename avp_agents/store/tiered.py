@@ -19,9 +19,10 @@ from avp_agents.errors import (
     StoreUnavailableError,
 )
 from avp_agents.handle import ContextHandle
+from avp_agents.lineage import same_values
 from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.files import DiskStore
-from avp_agents.store.memory import MemoryStore, same_values
+from avp_agents.store.memory import MemoryStore
 from avp_agents.store.namespace import Namespace
 
 log = logging.getLogger(__name__)

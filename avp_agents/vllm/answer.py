@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from avp_agents.answer.detokenizer import TextStream
-from avp_agents.answer.generation import Chunk, FinishReason, Generation, TokenLogprob
+from avp_agents.answer.builder import AnswerBuilder
+from avp_agents.answer.generation import Chunk
 from avp_agents.answer.grammar import Constraint
-from avp_agents.answer.reasoning import ReasoningSplit
 from avp_agents.context import Context, Readout, Segment, TokenSegment
 from avp_agents.engine.core.sampling import Sampled
+from avp_agents.engine.verbs import Events
 from avp_agents.errors import EngineError
 from avp_agents.usage import Handoff, Usage
 from avp_agents.vllm.backend import Decoding, Step
 from avp_agents.vllm.lineage_prompt import LineagePrompt
 from avp_agents.vllm.plugin.kv_request import KvRequest
 
-Event = Chunk | Context | BaseException
-"""A piece of an answer (the last one holds the `Generation`), a finished context, or why there is none."""
+T = TypeVar("T", Chunk, Context)
 
 
 @dataclass(eq=False)
@@ -40,7 +39,6 @@ class Order:
         base: The context that the prompt goes on top of, if any.
         prompt_ids: New ids behind the base.
         relation: How base and prompt belong together, for the handoff's reason.
-        deliver: Called from the engine's thread with every event.
         notes: What rendering decided.
         timeout: Seconds until the request ends, if any.
         kv: Keys and values that vLLM is to load or save itself, if any.
@@ -50,7 +48,6 @@ class Order:
     base: Context | None
     prompt_ids: tuple[int, ...]
     relation: str
-    deliver: Callable[[Event], None]
     notes: tuple[str, ...] = ()
     timeout: float | None = None
     kv: KvRequest | None = None
@@ -63,7 +60,7 @@ class Order:
         return (*base, TokenSegment(self.prompt_ids)) if self.prompt_ids else base
 
 
-class Request(ABC):
+class Request(ABC, Generic[T]):
     """An order, and what is known of it so far.
 
     Args:
@@ -71,6 +68,7 @@ class Request(ABC):
         decoding: How vLLM decodes, but for keys and values that it loads or saves.
 
     Attributes:
+        events: What came of it.
         prompt: The lineage as vLLM takes it.
         cached: Positions that vLLM found in its prefix cache; None where it did not say.
 
@@ -80,6 +78,7 @@ class Request(ABC):
 
     def __init__(self, order: Order, decoding: Decoding) -> None:
         self.order, self._decoding = order, decoding
+        self.events: Events[T] = Events()
         self.prompt = LineagePrompt.of(order.lineage)
         self.cached: int | None = None
         self._prefilled: float | None = None
@@ -110,7 +109,7 @@ class Request(ABC):
         """vLLM has ended, though more tokens were wanted."""
 
     @abstractmethod
-    def end(self) -> Event:
+    def end(self) -> T:
         """The last event."""
 
     def make_context(self, lineage: tuple[Segment, ...], usage: Usage, readout: Readout | None = None) -> Context:
@@ -159,7 +158,7 @@ class Request(ABC):
         )
 
 
-class Replaying(Request):
+class Replaying(Request[Context]):
     """Has vLLM prefill a lineage, so that its prefix cache holds it. vLLM decodes one token at least; it is dropped."""
 
     def __init__(self, order: Order) -> None:
@@ -180,7 +179,7 @@ class Replaying(Request):
         """The prefill is over."""
         self._done = True
 
-    def end(self) -> Event:
+    def end(self) -> Context:
         """The context."""
         base = self.order.base
         assert base is not None
@@ -190,42 +189,25 @@ class Replaying(Request):
         return context
 
 
-class Answering(Request):
+class Answering(Request[Chunk]):
     """Decodes tokens until a stop or the limit.
 
     Args:
         order: See `Order`.
         decoding: How vLLM decodes.
-        text: Ids to text.
-        stop_ids: Ids that end the answer.
-        split: Tells reasoning from text.
+        builder: Makes the answer of them.
         constraint: What the answer may be. vLLM keeps to it; here it is followed to write the shortest ending where
             `max_tokens` would not suffice.
-        token_text: A token's text, for log-probabilities.
     """
 
-    def __init__(
-        self,
-        order: Order,
-        decoding: Decoding,
-        text: TextStream,
-        stop_ids: frozenset[int],
-        split: ReasoningSplit,
-        constraint: Constraint | None,
-        token_text: Callable[[int], str],
-    ) -> None:
+    def __init__(self, order: Order, decoding: Decoding, builder: AnswerBuilder, constraint: Constraint | None) -> None:
         super().__init__(order, decoding)
-        self._text, self._split, self._constraint = text, split, constraint
-        self._stop_ids, self._token_text = stop_ids, token_text
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._finish: FinishReason | None = None
-        self._last = Chunk("")
+        self._builder, self._constraint = builder, constraint
 
     @property
     def done(self) -> bool:
         """Whether the answer has ended."""
-        return self._finish is not None
+        return self._builder.finish_reason is not None
 
     def accept(self, token: Sampled) -> None:
         """Emit a token's text, and see whether it ends the answer.
@@ -238,8 +220,9 @@ class Answering(Request):
             self._take(token)
             return
         if not self._constraint.allows(token.token_id):
+            decoded = self._builder.token_text(token.token_id)
             raise EngineError(
-                f"vLLM decoded {self._token_text(token.token_id)!r}, which the grammar does not allow. Start the "
+                f"vLLM decoded {decoded!r}, which the grammar does not allow. Start the "
                 "server with --structured-outputs-config.backend guidance."
             )
         self._take_settled(self._constraint, token)
@@ -249,28 +232,15 @@ class Answering(Request):
 
     def close(self) -> None:
         """End the answer as it is."""
-        self._finish = "stop"
-        reasoning, text = self._split.feed(self._text.finish(), last=True)
-        self._last = Chunk(text, reasoning=reasoning)
+        self._builder.close()
 
-    def end(self) -> Event:
+    def end(self) -> Chunk:
         """The last chunk, with the whole answer."""
-        assert self._finish is not None
-        ids = self._text.lineage_ids() if self._text.stopped else tuple(self._ids)
+        builder = self._builder
+        ids = builder.lineage_ids
         lineage = (*self.order.lineage, TokenSegment(ids)) if ids else self.order.lineage
-        usage = self.usage(completion_tokens=len(self._ids), reasoning_tokens=self._split.pieces)
-        generation = Generation(
-            text=self._split.text,
-            token_ids=ids,
-            context=self.make_context(lineage, usage),
-            usage=usage,
-            handoff=self.handoff(),
-            finish_reason=self._finish,
-            logprobs=tuple(self._logprobs) if self._decoding.logprobs is not None else None,
-            reasoning=self._split.reasoning,
-        )
-        token_ids = self._last.token_ids if ids == tuple(self._ids) else ()
-        return replace(self._last, token_ids=token_ids, generation=generation)
+        usage = self.usage(completion_tokens=len(builder.ids), reasoning_tokens=builder.reasoning_tokens)
+        return builder.finish(self.make_context(lineage, usage), usage, self.handoff())
 
     def _take_settled(self, constraint: Constraint, token: Sampled) -> None:
         settled = constraint.settled(token.token_id)
@@ -278,26 +248,7 @@ class Answering(Request):
         self._take(token if settled == token.token_id and not constraint.was_cut else Sampled(settled))
 
     def _take(self, token: Sampled) -> None:
-        self._ids.append(token.token_id)
-        if token.token_id in self._stop_ids:
-            cut = self._constraint is not None and self._constraint.was_cut
-            self._finish = "length" if cut else "stop"
-            delta = self._text.finish()
-        else:
-            delta = self._text.feed(token.token_id)
-            if len(self._ids) >= self._decoding.sampling["max_tokens"]:
-                self._finish = "length"
-                delta += self._text.finish()
-            if self._text.stopped:
-                self._finish = "stop"
-        reasoning, text = self._split.feed(delta, last=self.done)
-        self._last = Chunk(text, (token.token_id,), logprobs=self._note_logprob(token), reasoning=reasoning)
+        cut = self._constraint is not None and self._constraint.was_cut
+        chunk = self._builder.take(token.token_id, token.logprob, token.top, cut=cut)
         if not self.done:
-            self.order.deliver(self._last)
-
-    def _note_logprob(self, token: Sampled) -> tuple[TokenLogprob, ...]:
-        if token.logprob is None:
-            return ()
-        entry = TokenLogprob(token.token_id, self._token_text(token.token_id), token.logprob, token.top)
-        self._logprobs.append(entry)
-        return (entry,)
+            self.events.put(chunk)

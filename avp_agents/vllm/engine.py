@@ -10,28 +10,33 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, Self
 
+from typing_extensions import override
+
+from avp_agents.answer.generation import Chunk
+from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import Context
-from avp_agents.engine.delivery import wait_for_context
 from avp_agents.engine.protocol import JoinStrategy
-from avp_agents.engine.queued_engine import QueuedEngine
+from avp_agents.engine.verbs import EngineVerbs, Work, wait
 from avp_agents.errors import EngineClosedError, RequestTimeoutError
 from avp_agents.models import resolve_model
+from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.store import ContextStore, default_store, open_store
 from avp_agents.tracing import start_operation
+from avp_agents.vllm.answer import Request, T
 from avp_agents.vllm.backend import Backend
 from avp_agents.vllm.in_process import InProcess
 from avp_agents.vllm.requests import RequestBuilder
 from avp_agents.vllm.served_model import ModelSettings, ServedModel
 from avp_agents.vllm.server import Address, Server
-from avp_agents.vllm.worker import Worker
+from avp_agents.vllm.worker import Sent, Worker
 
 _HUB = {"revision": "revision", "hf_token": "token"}
 """vLLM's names of options that say where files come from, and the hub's."""
 _LOOK_AGAIN_SECONDS = 0.05
 
 
-class VllmEngine(QueuedEngine):
+class VllmEngine(EngineVerbs):
     """Implements `avp_agents.engine.protocol.Engine` with vLLM. Thread-safe; works on any event loop.
 
     Contexts are those of a `LatentEngine` with the same weights and dtype: either engine goes on with what the other
@@ -181,7 +186,7 @@ class VllmEngine(QueuedEngine):
             ConfigurationError, PromptError, ContextWindowError, FingerprintMismatchError
         """
         with start_operation("join", self.model_path, {"strategy": strategy}):
-            return self._builder().joined(contexts, strategy)
+            return self._runtime.requests.joined(contexts, strategy)
 
     async def ajoin(
         self,
@@ -217,9 +222,9 @@ class VllmEngine(QueuedEngine):
         stored = self.store.get(context.to_handle())
         if stored.has_whole_kv:
             return stored
-        queue, build = self._started(), self._builder().saving
-        operation = start_operation("save", self.model_path)
-        wait_for_context(queue, lambda deliver: build(stored, timeout, deliver), operation)
+        self.load()
+        with start_operation("save", self.model_path) as operation:
+            wait(self._sent(self._runtime.requests.saving(stored, timeout)), operation)
         while not (stored := self.store.get(stored.to_handle())).has_whole_kv:
             if time.monotonic() > latest:
                 raise RequestTimeoutError(f"The store got no keys and values within {timeout:g} s; see vLLM's log.")
@@ -230,14 +235,32 @@ class VllmEngine(QueuedEngine):
         """Asynchronous `save_kv`."""
         return await asyncio.to_thread(self.save_kv, context, timeout=timeout)
 
-    def _started(self) -> Worker:
-        return self._runtime.worker
+    @override
+    def load(self) -> None:
+        self._runtime.worker  # noqa: B018  (the first look starts it)
 
-    def _builder(self) -> RequestBuilder:
-        return self._runtime.requests
-
+    @override
     def _renderer(self) -> PromptRenderer:
         return self._model.renderer
+
+    @override
+    def _thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Work[Context]:
+        return self._sent(self._runtime.requests.thinking(prompt, steps, context, options))
+
+    @override
+    def _answering(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Work[Chunk]:
+        return self._sent(self._runtime.requests.answering(prompt, context, options))
+
+    @override
+    def _replaying(self, context: Context) -> Work[Context]:
+        return self._sent(self._runtime.requests.replaying(context))
+
+    @override
+    def _check_receivable(self, context: Context) -> None:
+        self._runtime.requests.check_receivable(context)
+
+    def _sent(self, request: Request[T]) -> Work[T]:
+        return Sent(self._runtime.worker, request)
 
 
 class _Runtime:

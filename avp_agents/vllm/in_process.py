@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from avp_agents.engine.core.sampling import MAX_LOGPROBS, Sampled
+from avp_agents.engine.core.sampling import Sampled
+from avp_agents.engine.sampling_options import MAX_LOGPROBS
 from avp_agents.errors import ConfigurationError, EngineBusyError, EngineError, UnsupportedModelError
 from avp_agents.vllm.backend import Decoding, Facts, Step
 from avp_agents.vllm.lineage_prompt import LineagePrompt

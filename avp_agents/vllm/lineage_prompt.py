@@ -13,6 +13,7 @@ import torch
 
 from avp_agents.context import LatentSegment, Segment, SplicedSegment, TokenSegment
 from avp_agents.errors import UnsupportedModelError
+from avp_agents.lineage import concatenated
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +34,13 @@ class LineagePrompt:
             UnsupportedModelError: It has splices: vLLM computes every position behind all positions before it.
         """
         segments: list[TokenSegment | LatentSegment] = []
-        for segment in lineage:
+        for segment in concatenated(lineage):
             if isinstance(segment, SplicedSegment):
                 raise UnsupportedModelError(
                     "The context was joined by strategy='splice', and vLLM cannot compute positions that do not see "
                     "all of those before them. Join the contexts with strategy='replay', or go on with a LatentEngine."
                 )
-            last = segments[-1] if segments else None
-            if isinstance(segment, TokenSegment) and isinstance(last, TokenSegment):
-                segments[-1] = TokenSegment(last.token_ids + segment.token_ids)
-            elif len(segment):
-                segments.append(segment)
+            segments.append(segment)
         return cls(tuple(segments))
 
     def __len__(self) -> int:

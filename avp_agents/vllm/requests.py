@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
+from avp_agents.answer.builder import AnswerBuilder
 from avp_agents.answer.detokenizer import TextStream
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.answer.reasoning import CLOSING
 from avp_agents.context import Context
-from avp_agents.engine.casting import in_dtype
 from avp_agents.engine.core.sampling import SamplingParams
 from avp_agents.engine.join import Joiner
 from avp_agents.engine.protocol import JoinStrategy
+from avp_agents.engine.sampling_options import sampling_params
 from avp_agents.errors import ConfigurationError, ContextWindowError, UnsupportedModelError
+from avp_agents.lineage import in_dtype
 from avp_agents.prompt.chat_messages import Message, Prompt
 from avp_agents.prompt.plan import PromptPlan
 from avp_agents.usage import Handoff, HandoffMode, Usage
-from avp_agents.vllm.answer import Answering, Event, Order, Replaying
+from avp_agents.vllm.answer import Answering, Order, Replaying
 from avp_agents.vllm.backend import Decoding, Facts
 from avp_agents.vllm.constraining import Marker, structured_outputs
 from avp_agents.vllm.plugin.kv_request import KvRequest
 from avp_agents.vllm.served_model import ServedModel
 from avp_agents.vllm.thinking import Thinking, thought_request
-
-Deliver = Callable[[Event], None]
 
 
 class RequestBuilder:
@@ -41,13 +41,11 @@ class RequestBuilder:
     def __init__(self, model: ServedModel, facts: Facts, *, loads_kv: bool) -> None:
         self._model, self._facts, self._loads_kv = model, facts, loads_kv
 
-    def answering(
-        self, prompt: Prompt, context: Context | None, options: GenerateOptions, deliver: Deliver
-    ) -> Answering:
+    def answering(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Answering:
         """A generate request. See `VllmEngine.generate`."""
         model = self._model
         stop_ids = model.renderer.stop_ids
-        params = SamplingParams.from_options(options, vocab_limit=model.vocabulary_size, eos_token_ids=stop_ids)
+        params = sampling_params(options, vocab_limit=model.vocabulary_size, eos_token_ids=stop_ids)
         plan = self._plan(prompt, context, options)
         max_tokens = params.token_budget(self._facts.window - len(plan))
         plan.check_window(self._facts.window, max(1, max_tokens))
@@ -61,31 +59,26 @@ class RequestBuilder:
             constraint = model.grammars.constraint(grammar, max_tokens, after=after.text if after else None)
             decoding = replace(decoding, structured=structured_outputs(grammar, after=after))
         skips = options.get("skip_special_tokens", True)
-        return Answering(
-            self._order(plan, options, deliver),
-            decoding,
-            TextStream(model.tokenizer, params.stop, min_tokens=params.min_tokens, skip_special_tokens=skips),
-            frozenset(params.stop_token_ids),
-            plan.reasoning_split(marked=model.renderer.marks_reasoning),
-            constraint,
-            model.token_text,
-        )
+        text = TextStream(model.tokenizer, params.stop, min_tokens=params.min_tokens, skip_special_tokens=skips)
+        split = plan.reasoning_split(marked=model.renderer.marks_reasoning)
+        stop_ids = frozenset(params.stop_token_ids)
+        asked = params.logprobs is not None
+        builder = AnswerBuilder(max_tokens, stop_ids, text, split, model.token_text, logprobs=asked)
+        return Answering(self._order(plan, options), decoding, builder, constraint)
 
-    def thinking(
-        self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions, deliver: Deliver
-    ) -> Thinking:
+    def thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Thinking:
         """A think request. See `VllmEngine.think`."""
         asked = thought_request(steps, options, self._facts)
         plan = self._plan(prompt, context, options)
         plan.check_window(self._facts.window, asked.max_tokens)
-        return Thinking(self._order(plan, options, deliver), asked)
+        return Thinking(self._order(plan, options), asked)
 
-    def replaying(self, context: Context, deliver: Deliver) -> Replaying:
+    def replaying(self, context: Context) -> Replaying:
         """A replay request. See `VllmEngine.replay`."""
         context = self._replayable(context)
-        return Replaying(Order(self._identity, context, (), "replay", deliver, kv=self._stored_kv(context)))
+        return Replaying(Order(self._identity, context, (), "replay", kv=self._stored_kv(context)))
 
-    def saving(self, context: Context, timeout: float, deliver: Deliver) -> Replaying:
+    def saving(self, context: Context, timeout: float) -> Replaying:
         """A request for which vLLM saves keys and values. See `VllmEngine.save_kv`.
 
         Raises:
@@ -98,7 +91,7 @@ class RequestBuilder:
         if self._replayable(context) is not context:
             raise ConfigurationError(f"The context is in {context.dtype}, and vLLM runs in {self._facts.dtype}.")
         kv = KvRequest(save=handle.id)
-        return Replaying(Order(self._identity, context, (), "save", deliver, timeout=timeout, kv=kv))
+        return Replaying(Order(self._identity, context, (), "save", timeout=timeout, kv=kv))
 
     def joined(self, contexts: Seq[Context], strategy: JoinStrategy) -> Context:
         """Several contexts as one. See `VllmEngine.join`."""
@@ -175,7 +168,7 @@ class RequestBuilder:
         is_other = context.dtype != dtype and context.fingerprint == self._model.fingerprint
         return in_dtype(context, dtype) if is_other else context
 
-    def _order(self, plan: PromptPlan, options: GenerateOptions | ThinkOptions, deliver: Deliver) -> Order:
+    def _order(self, plan: PromptPlan, options: GenerateOptions | ThinkOptions) -> Order:
         timeout = options.get("timeout")
         if timeout is not None and timeout <= 0:
             raise ConfigurationError(f"timeout must be positive, not {timeout}.")
@@ -184,7 +177,6 @@ class RequestBuilder:
             plan.base,
             plan.token_ids,
             plan.relation,
-            deliver,
             plan.notes,
             timeout=timeout,
             kv=self._stored_kv(plan.base),

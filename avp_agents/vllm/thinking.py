@@ -10,9 +10,9 @@ import warnings
 from typing import Any
 
 from avp_agents.answer.options import ThinkOptions
-from avp_agents.context import LatentSegment
+from avp_agents.context import Context, LatentSegment
 from avp_agents.errors import ConfigurationError, UnsupportedModelError
-from avp_agents.vllm.answer import Event, Order, Request
+from avp_agents.vllm.answer import Order, Request
 from avp_agents.vllm.backend import Decoding, Facts, Step
 from avp_agents.vllm.plugin.request import Thought, ThoughtRequest, read_thought
 
@@ -41,7 +41,7 @@ def thought_request(steps: int, options: ThinkOptions, facts: Facts) -> ThoughtR
     return ThoughtRequest(steps, **latent)
 
 
-class Thinking(Request):
+class Thinking(Request[Context]):
     """Runs latent steps. The tokens that vLLM decodes meanwhile stand for them, and mean nothing.
 
     Args:
@@ -76,7 +76,7 @@ class Thinking(Request):
         """vLLM has ended."""
         self._closed = True
 
-    def end(self) -> Event:
+    def end(self) -> Context:
         """The context."""
         thought = self._thought
         assert thought is not None

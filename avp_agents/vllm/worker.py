@@ -8,6 +8,9 @@ import os
 import threading
 from contextlib import aclosing
 
+from typing_extensions import override
+
+from avp_agents.engine.verbs import Work
 from avp_agents.errors import (
     AvpError,
     EngineClosedError,
@@ -16,10 +19,26 @@ from avp_agents.errors import (
     RequestTimeoutError,
     TransportError,
 )
-from avp_agents.vllm.answer import Request
+from avp_agents.vllm.answer import Request, T
 from avp_agents.vllm.backend import Backend, Facts
 
 log = logging.getLogger(__name__)
+
+
+class Sent(Work[T]):
+    """A request as the work of a `Worker`."""
+
+    def __init__(self, worker: Worker, request: Request[T]) -> None:
+        super().__init__(request.events)
+        self._worker, self._request = worker, request
+
+    @override
+    def start(self) -> None:
+        self._worker.submit(self._request)
+
+    @override
+    def cancel(self) -> None:
+        self._worker.cancel(self._request)
 
 
 class Worker:
@@ -40,7 +59,7 @@ class Worker:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._closing = False
-        self._tasks: dict[Request, asyncio.Task[None]] = {}
+        self._tasks: dict[object, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._live, name="avp-vllm", daemon=True)
         self._thread.start()
@@ -50,8 +69,8 @@ class Worker:
             self._stop()
             raise
 
-    def submit(self, work: Request) -> None:
-        """Send a request; its events reach ``work.order.deliver``.
+    def submit(self, work: Request[T]) -> None:
+        """Send a request; its events reach ``work.events``.
 
         Raises:
             EngineClosedError: The engine was closed, or lives in the parent process.
@@ -63,7 +82,7 @@ class Worker:
                 raise EngineClosedError("The engine was closed.")
             self._loop.call_soon_threadsafe(self._begin, work)
 
-    def cancel(self, work: Request) -> None:
+    def cancel(self, work: Request[T]) -> None:
         """Abort a request in vLLM; one that has ended already is left alone."""
         with self._lock:
             if not self._closing and os.getpid() == self._process:
@@ -83,20 +102,21 @@ class Worker:
         ending.result()
         self._stop()
 
-    def _begin(self, work: Request) -> None:
+    def _begin(self, work: Request[T]) -> None:
         task = self._loop.create_task(self._run(work))
         self._tasks[work] = task
         task.add_done_callback(lambda _: self._tasks.pop(work, None))
 
-    def _cancel(self, work: Request) -> None:
+    def _cancel(self, work: Request[T]) -> None:
         if (task := self._tasks.get(work)) is not None:
             task.cancel()
 
-    async def _run(self, work: Request) -> None:
+    async def _run(self, work: Request[T]) -> None:
         try:
             async with asyncio.timeout(work.order.timeout):
                 await self._decode(work)
-            event = work.end()
+            work.events.put(work.end())
+            return
         except asyncio.CancelledError:
             closed = EngineClosedError("The engine was closed before this request finished.")
             event = closed if self._closing else RequestCancelledError("The request was cancelled.")
@@ -111,9 +131,9 @@ class Worker:
         except Exception as error:
             log.exception("A request to vLLM failed")
             event = EngineError(f"The request to vLLM failed: {type(error).__name__}: {error}")
-        work.order.deliver(event)
+        work.events.put(event)
 
-    async def _decode(self, work: Request) -> None:
+    async def _decode(self, work: Request[T]) -> None:
         finished = False
         async with aclosing(self._backend.decode(work.prompt, work.decoding)) as steps:
             async for step in steps:

@@ -15,7 +15,7 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 from transformers import AutoTokenizer
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
-from avp_agents.engine.core.forward import INVARIANT_CHUNK
+from avp_agents.engine.extras.invariant import INVARIANT_CHUNK
 from avp_langgraph import AvpChatModel
 
 TOKENS = 3

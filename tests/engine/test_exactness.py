@@ -20,7 +20,7 @@ from reference import Decoded, Reference, Thought, before_answer, fed_latents, p
 
 from avp_agents import Context, DiskStore, Generation, LatentEngine, LatentSegment, TokenSegment
 from avp_agents.answer.options import GenerateOptions
-from avp_agents.engine.core.forward import INVARIANT_CHUNK
+from avp_agents.engine.extras.invariant import INVARIANT_CHUNK
 
 STEPS, TOKENS = 20, 32
 ANSWER: GenerateOptions = {"max_tokens": TOKENS, "min_tokens": TOKENS, "logprobs": 20}

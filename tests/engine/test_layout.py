@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from avp_agents.engine.core.layout import Layout, Row
+from avp_agents.engine.core.attention import Layout, Row
 
 POOL = torch.arange(2 * 200, dtype=torch.float32).reshape(1, 2, 200, 1)
 

@@ -24,6 +24,7 @@ from transformers import (
 
 from avp_agents.answer.options import GenerateOptions
 from avp_agents.engine.core.sampling import RowSampler, Sampled, SamplingParams, sample
+from avp_agents.engine.sampling_options import sampling_params
 from avp_agents.errors import ConfigurationError, NumericalError
 
 VOCAB = 1000
@@ -32,7 +33,7 @@ PROMPT = (5, 5, 9, 400)
 
 
 def make_params(**options: Any) -> SamplingParams:
-    return SamplingParams.from_options(options, vocab_limit=VOCAB, eos_token_ids=EOS)
+    return sampling_params(options, vocab_limit=VOCAB, eos_token_ids=EOS)
 
 
 def make_logits(rows: int = 1, *, seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 3.0) -> Tensor:

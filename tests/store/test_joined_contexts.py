@@ -9,7 +9,7 @@ import torch
 
 from avp_agents import Context, DiskStore, LatentSegment, MemoryStore, Namespace, TokenSegment
 from avp_agents.context import LatentRecipe, Segment, SplicedSegment, leaves
-from avp_agents.store.memory import same_values
+from avp_agents.lineage import same_values
 
 TENANT = Namespace("tests", b"k" * 32)
 RECIPE = LatentRecipe("soft", 256, 1.0, False, 2)

@@ -14,7 +14,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,6 @@ import torch
 from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, KvMemoryError
 from avp_agents.kv_cache import HostKv, KvCache
-
-if TYPE_CHECKING:
-    from avp_agents.store import ContextStore
 
 START_MULTIPLE = 16
 """Regions start at multiples of it: matrix kernels sum in another order where their operands are aligned otherwise."""
@@ -54,6 +50,17 @@ class LayerShape:
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
+@dataclass(eq=False)
+class Owner:
+    """Whose KV-caches they are: those of one owner serve no request of another.
+
+    Attributes:
+        offload: Called with a KV-cache that is about to be evicted.
+    """
+
+    offload: Callable[[PooledKv], None]
+
+
 class Region:
     """Consecutive positions ``start : start + capacity`` of the pool.
 
@@ -78,12 +85,12 @@ class PooledKv(KvCache):
     """A context's KV-cache in the pool: the first `length` positions of a region, until evicted.
 
     Attributes:
-        store: Where it goes when it is evicted. Only requests of this store may start from it.
+        owner: Only its requests may start from it.
     """
 
-    def __init__(self, pool: KvPool, region: Region, length: int, context: Context, store: ContextStore) -> None:
+    def __init__(self, pool: KvPool, region: Region, length: int, context: Context, owner: Owner) -> None:
         self.length = length
-        self.store = store
+        self.owner = owner
         self._pool = pool
         self.region: Region | None = region
         self.context = weakref.ref(context)
@@ -119,10 +126,9 @@ class KvPool:
     Args:
         shapes: One per attention layer.
         positions: Positions to preallocate.
-        on_evict: Called with the longest view of a region that is about to be evicted, so that it can be offloaded.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape], positions: int, on_evict: Callable[[PooledKv], None]) -> None:
+    def __init__(self, shapes: Sequence[LayerShape], positions: int) -> None:
         self.shapes = tuple(shapes)
         self.positions = positions
         self.bytes_per_position = sum(shape.bytes_per_position for shape in shapes)
@@ -133,7 +139,6 @@ class KvPool:
         self.lock = threading.RLock()
         self._regions: list[Region] = []
         self._dropped: deque[Region] = deque()
-        self._on_evict = on_evict
         self._tick = 0
 
     @property
@@ -202,7 +207,7 @@ class KvPool:
                 f"{len(expected)} layers {expected[:1]}."
             )
 
-    def close(self, region: Region, context: Context | None, store: ContextStore) -> PooledKv | None:
+    def close(self, region: Region, context: Context | None, owner: Owner) -> PooledKv | None:
         """End a sequence's use of its region: keep what it wrote as `context`'s KV-cache, or give it back.
 
         Returns:
@@ -214,7 +219,7 @@ class KvPool:
                 self._wipe(region)
                 self._shrink_to_views(region)
                 return None
-            view = PooledKv(self, region, region.written, context, store)
+            view = PooledKv(self, region, region.written, context, owner)
             self._shrink(region, region.written)
             self.add_view(region, view)
             return view
@@ -310,7 +315,7 @@ class KvPool:
     def _evict(self, region: Region) -> None:
         longest = max(region.views, key=lambda view: view.length, default=None)
         if longest is not None:
-            self._on_evict(longest)
+            longest.owner.offload(longest)
         _forget_views(region)
         self._regions.remove(region)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from avp_agents.engine.core.attention import Layout, PoolCache
 from avp_agents.engine.core.kv_pool import LayerShape
 from avp_agents.engine.core.latent_step import Vocabulary
-from avp_agents.engine.core.layout import Layout
 from avp_agents.errors import UnsupportedModelError
 
 
@@ -40,7 +41,7 @@ class LoadedModel:
     vocabulary: Vocabulary
     weight_bytes: int
 
-    @property
+    @cached_property
     def dtype_name(self) -> str:
         """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
         return str(self.dtype).removeprefix("torch.")
@@ -64,7 +65,7 @@ class Forward:
         embeddings: torch.Tensor,
         positions: torch.Tensor,
         logits_at: torch.Tensor | None,
-        cache: Cache | None,
+        cache: PoolCache | Cache | None,
         layout: Layout | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run T positions.
@@ -83,6 +84,8 @@ class Forward:
         inputs |= {self._cache_name: cache, "use_cache": cache is not None}
         if layout is not None:
             inputs["avp_layout"] = layout
+            if isinstance(cache, PoolCache):
+                cache.place(layout.slots)
         if logits_at is None:
             return last_hidden(self._decoder(**inputs))[0], None
         if self._keeps:

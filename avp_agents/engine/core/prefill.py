@@ -78,6 +78,11 @@ def _add_runs(
     return start
 
 
+def whole_positions(runs: Sequence[Run], length: int) -> int:
+    """The positions among the first `length` that another sequence may start behind: none of half a splice."""
+    return next((r.splice for r in runs if r.splice is not None and r.splice < length < r.stop), length)
+
+
 def frame_length(frame: tuple[Span, ...]) -> int:
     """Positions of a frame."""
     return sum(stop - start for start, stop in frame)

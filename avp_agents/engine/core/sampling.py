@@ -1,6 +1,6 @@
-"""From logits to tokens: options, their limits, and one draw per row and step.
+"""From logits to tokens: one draw per row and step.
 
-    SamplingParams.from_options(options)     what one request asked for, checked
+    SamplingParams                           what one request asked for
     RowSampler(params, prompt_ids)           one request's state: its random stream, the ids it has seen
     sample(logits, requests)                 one token for every row of a batch
 
@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import math
 import random
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from avp_agents.answer.grammar import Constraint
-from avp_agents.answer.options import GenerateOptions
-from avp_agents.errors import ConfigurationError, EngineError, NumericalError
+from avp_agents.errors import EngineError, NumericalError
 
 DEFAULT_MAX_TOKENS = 512
-MAX_LOGPROBS = 50
-MAX_STOP_STRINGS = 16
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing float32 logits by them would overflow."""
@@ -34,10 +27,10 @@ _GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What one request asked for, checked by `from_options`; see `GenerateOptions` for the meaning of each field.
+    """What one request asked for, with the meaning that `GenerateOptions` gives each field.
 
     Attributes:
-        max_tokens: Most tokens to decode; None leaves it to `token_budget`.
+        max_tokens: Most tokens to decode; None is what the window leaves, up to a default.
         seed: The request's seed; drawn from the system's randomness where none was given.
         stop: Strings that end the answer.
         stop_token_ids: Ids that end the answer, the model's end-of-sequence ids included; ascending.
@@ -55,44 +48,6 @@ class SamplingParams:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
 
-    @classmethod
-    def from_options(
-        cls, options: GenerateOptions | Mapping[str, Any], *, vocab_limit: int, eos_token_ids: Iterable[int] = ()
-    ) -> SamplingParams:
-        """Check a request's options; None is an option's default. Others check `grammar`, `timeout` and `source`.
-
-        Args:
-            options: As given to `generate`.
-            vocab_limit: Number of ids the tokenizer knows; ids from there on are padding rows of the head.
-            eos_token_ids: The model's own end-of-sequence ids.
-
-        Raises:
-            ConfigurationError: An option is unknown or out of its range.
-        """
-        known = GenerateOptions.__annotations__
-        if unknown := sorted(set(options) - set(known)):
-            raise ConfigurationError(f"Unknown option {unknown[0]!r}; known options: {', '.join(known)}.")
-        given = {name: value for name, value in options.items() if value is not None}
-        max_tokens = _integer("max_tokens", given["max_tokens"], low=1) if "max_tokens" in given else None
-        most = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
-        min_tokens = _integer("min_tokens", given.get("min_tokens", 0), low=0, high=most, high_name="max_tokens")
-        stop_token_ids = set(eos_token_ids) | _stop_token_ids(given.get("stop_token_ids", ()), vocab_limit)
-        if min_tokens and stop_token_ids.issuperset(range(vocab_limit)):
-            raise ConfigurationError("min_tokens needs at least one token that is not in stop_token_ids.")
-        return cls(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=_real("temperature", given.get("temperature", 0.0), "[0, inf)"),
-            top_p=_real("top_p", given.get("top_p", 1.0), "(0, 1]"),
-            top_k=_integer("top_k", given.get("top_k", 0), low=0),
-            min_p=_real("min_p", given.get("min_p", 0.0), "[0, 1)"),
-            repetition_penalty=_real("repetition_penalty", given.get("repetition_penalty", 1.0), "(0, inf)"),
-            seed=_integer("seed", given["seed"]) if "seed" in given else secrets.randbits(63),
-            logprobs=_integer("logprobs", given["logprobs"], low=0, high=MAX_LOGPROBS) if "logprobs" in given else None,
-            stop=_stop_strings(given.get("stop", ())),
-            stop_token_ids=tuple(sorted(stop_token_ids)),
-        )
-
     def token_budget(self, room: int) -> int:
         """Tokens to decode where the window leaves `room` positions: what was asked for, or the default within it."""
         return min(DEFAULT_MAX_TOKENS, room) if self.max_tokens is None else self.max_tokens
@@ -101,46 +56,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.temperature < _GREEDY_BELOW
-
-
-def _integer(
-    name: str, value: Any, *, low: int | None = None, high: int | None = None, high_name: str | None = None
-) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be an integer, not {value!r}.")
-    number = int(value)
-    if (low is not None and number < low) or (high is not None and number > high):
-        upper = "" if high is None else f" and at most {high}" + (f" ({high_name})" if high_name else "")
-        raise ConfigurationError(f"{name} must be at least {low}{upper}, not {number}.")
-    return number
-
-
-def _real(name: str, value: Any, interval: str) -> float:
-    """`value` as a float within `interval`, written as mathematicians do: ``"(0, 1]"``."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be a number in {interval}, not {value!r}.")
-    number = float(value)
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
-    above = number >= low if interval[0] == "[" else number > low
-    below = number <= high if interval[-1] == "]" else number < high
-    if not (above and below):
-        raise ConfigurationError(f"{name} must be in {interval}, not {value}.")
-    return number
-
-
-def _stop_strings(value: Any) -> tuple[str, ...]:
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
-        raise ConfigurationError(f"stop must be a non-empty string or a list of such, not {value!r}.")
-    if len(strings) > MAX_STOP_STRINGS:
-        raise ConfigurationError(f"stop takes at most {MAX_STOP_STRINGS} strings, not {len(strings)}.")
-    return tuple(dict.fromkeys(strings))
-
-
-def _stop_token_ids(value: Any, vocab_limit: int) -> set[int]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ConfigurationError(f"stop_token_ids must be a list of token ids, not {value!r}.")
-    return {_integer("each of stop_token_ids", token_id, low=0, high=vocab_limit - 1) for token_id in value}
 
 
 @dataclass(frozen=True)
@@ -161,17 +76,20 @@ class Sampled:
 class RowSampler:
     """One request's sampling state: its options, its own random stream, and the ids it has seen.
 
+    What constrains answers is a subclass: it masks scores, and may take another token than the one drawn.
+
+    Attributes:
+        was_cut: Whether the answer was brought to its end because `max_tokens` would not have sufficed.
+
     Args:
         params: The request's options.
         prompt_ids: All ids of context and prompt, for the repetition penalty. Latent positions have none.
-        constraint: What the answer may be, if not just anything.
     """
 
-    def __init__(
-        self, params: SamplingParams, prompt_ids: Iterable[int] = (), constraint: Constraint | None = None
-    ) -> None:
+    was_cut = False
+
+    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
         self.params = params
-        self.constraint = constraint
         self.generated = 0
         self._random = random.Random(params.seed)
         self._penalised = params.repetition_penalty != 1.0
@@ -181,36 +99,31 @@ class RowSampler:
 
     def takes(self, most_likely: int) -> bool:
         """Whether the next token is simply the most likely one, no option in the way."""
-        if not self.params.greedy or self._penalised or self._stops_masked:
-            return False
-        return self.constraint is None or self.constraint.allows(most_likely)
+        return self.params.greedy and not self._penalised and not self._stops_masked
 
     @property
     def _stops_masked(self) -> bool:
         return self.generated < self.params.min_tokens and bool(self.params.stop_token_ids)
 
     def settled(self, token_id: int) -> int:
-        """The token to take where `token_id` was drawn; a constraint may have to bring the answer to its end."""
-        return token_id if self.constraint is None else self.constraint.settled(token_id)
+        """The token to take where `token_id` was drawn."""
+        return token_id
 
-    @property
-    def was_cut(self) -> bool:
-        """Whether the constraint brought the answer to its end because `max_tokens` would not have sufficed."""
-        return self.constraint is not None and self.constraint.was_cut
+    def masked(self, scores: Tensor) -> Tensor:
+        """Scores ``[vocab]`` float32, those of tokens that may not come next at -inf."""
+        return scores
 
     def accept(self, token_id: int) -> None:
         """Note a token as generated."""
         self.generated += 1
-        if self.constraint is not None:
-            self.constraint.accept(token_id)
         if self._penalised and token_id not in self._seen:
             self._seen.add(token_id)
             self._new.append(token_id)
 
     def scores(self, row: Tensor) -> Tensor:
-        """The logits after repetition penalty, constraint and `min_tokens`.
+        """The logits after repetition penalty, mask and `min_tokens`.
 
-        `min_tokens` gives way where the constraint allows nothing but the end.
+        `min_tokens` gives way where the mask allows nothing but the end.
 
         Args:
             row: ``[vocab]``, any floating dtype; not changed.
@@ -223,15 +136,12 @@ class RowSampler:
             penalty, seen = self.params.repetition_penalty, self._seen_ids(scores)
             before = scores[seen]
             scores = scores.index_copy(0, seen, torch.where(before < 0, before * penalty, before / penalty))
-        if self.constraint is not None:
-            allowed = torch.from_numpy(self.constraint.mask(len(scores))).to(scores.device)
-            scores = scores.masked_fill(~allowed, -math.inf)
-        if self._stops_masked:
-            stops = [t for t in self.params.stop_token_ids if t < len(scores)]
-            going_on = scores.index_fill(0, torch.tensor(stops, device=scores.device), -math.inf)
-            if self.constraint is None or bool((going_on > -math.inf).any()):
-                return going_on
-        return scores
+        scores = self.masked(scores)
+        if not self._stops_masked:
+            return scores
+        stops = [t for t in self.params.stop_token_ids if t < len(scores)]
+        going_on = scores.index_fill(0, torch.tensor(stops, device=scores.device), -math.inf)
+        return going_on if bool((going_on > -math.inf).any()) else scores
 
     def distribution(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """What the next token is drawn from: scores, then temperature, top_k, top_p and min_p, in this order.
@@ -263,7 +173,7 @@ class RowSampler:
 
         Raises:
             NumericalError: The options are so extreme that the scaled logits are no longer finite.
-            EngineError: The constraint cannot be followed any further.
+            EngineError: What constrains the answer cannot be followed any further.
         """
         if self.params.greedy:
             return int(self.scores(row).max(dim=-1).indices)
@@ -312,8 +222,8 @@ def sample(
 
     Returns:
         One entry per row; a `NumericalError` (returned, so that the other rows go on) where the logits hold NaN or
-        +Inf, or nothing but -Inf, or where the options drive them there; an `EngineError` where a constraint cannot be
-        followed.
+        +Inf, or nothing but -Inf, or where the options drive them there; an `EngineError` where what constrains
+        an answer cannot be followed.
     """
     rows = logits[:, :vocab_limit]
     best = _finite_argmax(rows)

@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from avp_agents.context import LatentRecipe
-from avp_agents.engine.core.admission import AdmissionQueue
-from avp_agents.engine.core.forward import INVARIANT_CHUNK, PieceOutput, Runner
-from avp_agents.engine.core.kv_pool import KvPool
-from avp_agents.engine.core.latent_step import LatentStep
-from avp_agents.engine.core.model import LoadedModel
-from avp_agents.engine.core.prefill import Move
-from avp_agents.engine.core.sampling import Sampled, sample
-from avp_agents.engine.core.sequence import Answering, Replaying, Sequence, Thinking
-from avp_agents.engine.core.start import copy_splice, place
-from avp_agents.engine.extras.splice import KeyRotation
+from avp_agents.engine.core.forward import ModelRunner, Piece, PieceOutput
+from avp_agents.engine.core.sequence import Decoding, Ended, Sequence, Thinking, take_latents, take_tokens
+from avp_agents.engine.core.start import FindStart, longest_match, place
 from avp_agents.errors import (
     AvpError,
+    EngineBusyError,
     EngineClosedError,
     EngineError,
     KvMemoryError,
-    NumericalError,
     RequestCancelledError,
     RequestTimeoutError,
 )
 
 log = logging.getLogger(__name__)
+
+PREFILL_BUDGET = 512
+"""Most prompt positions per round, so that long prompts do not stall decoding."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +58,37 @@ class EngineStats:
     steps: int
 
 
+class Extra:
+    """What a round does besides, where an engine asks for it (`avp_agents.engine.extras`). Does nothing by itself."""
+
+    def admitting(self, sequence: Sequence) -> None:
+        """Before a sequence gets its region; an `AvpError` refuses it."""
+
+    def before_round(self, running: list[Sequence]) -> None:
+        """Before the pieces of a round are chosen."""
+
+    def before_fed(self, sequence: Sequence, piece: Piece) -> None:
+        """A piece was run, and is about to be counted."""
+
+    def after_fed(self, sequence: Sequence) -> None:
+        """Its positions are in the pool."""
+
+
 @dataclass(frozen=True)
-class Machinery:
-    """A loaded model with everything that runs it."""
+class Model:
+    """What the scheduler's thread runs.
 
-    loaded: LoadedModel
-    pool: KvPool
-    runner: Runner
-    latent_step: LatentStep
-    rotation: KeyRotation
+    Attributes:
+        runner: The model on its KV pool.
+        extras: What a round does besides.
+        find_start: Which KV-cache a sequence starts from.
+        prefill_chunk: Every prompt runs in chunks of so many positions; None shares `PREFILL_BUDGET` among all.
+    """
 
-    def token_text(self, token: int) -> str:
-        """A token's text, for log-probabilities."""
-        return str(self.loaded.tokenizer.decode([token]))
+    runner: ModelRunner
+    extras: tuple[Extra, ...] = ()
+    find_start: FindStart = longest_match
+    prefill_chunk: int | None = None
 
 
 class Scheduler:
@@ -84,38 +99,27 @@ class Scheduler:
             computes, and slows all of them down where they are more than the cores: nobody else should compute.
         max_batch: Most sequences that run at once.
         max_queue: Most that wait.
-        prefill_budget: Most prompt positions per round, so that long prompts do not stall decoding.
-        batch_invariant: Prompts run in whole chunks, see `Runner`.
 
     Raises:
         AvpError: Whatever `load` raises.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Machinery],
-        *,
-        max_batch: int,
-        max_queue: int,
-        prefill_budget: int,
-        batch_invariant: bool,
-    ) -> None:
-        self._max_batch, self._prefill_budget = max_batch, prefill_budget
-        self._batch_invariant = batch_invariant
+    def __init__(self, load: Callable[[], Model], *, max_batch: int, max_queue: int) -> None:
+        self._max_batch = max_batch
         self._queue = AdmissionQueue(max_queue)
         self._running: list[Sequence] = []
         self._wake = threading.Condition()
         self._closing = False
         self._steps = 0
         self._process = os.getpid()
-        ready: Future[Machinery] = Future()
+        ready: Future[Model] = Future()
         self._thread = threading.Thread(target=self._live, args=(load, ready), name="avp-scheduler", daemon=True)
         self._thread.start()
-        self.machinery = ready.result()
-        self.pool = self.machinery.pool
+        self._model = ready.result()
+        self.runner, self.pool = self._model.runner, self._model.runner.pool
 
     def submit(self, sequence: Sequence) -> None:
-        """Queue a sequence; its events reach ``sequence.request.deliver``.
+        """Queue a sequence; `Sequence.ended` is called when it is done.
 
         Raises:
             EngineBusyError: The queue is full.
@@ -158,21 +162,15 @@ class Scheduler:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _live(self, load: Callable[[], Machinery], ready: Future[Machinery]) -> None:
+    def _live(self, load: Callable[[], Model], ready: Future[Model]) -> None:
         """The thread's life: load, then run rounds until closed."""
         try:
-            machinery = load()
+            model = load()
         except BaseException as error:
             ready.set_exception(error)
             return
-        self._runner, self._latent_step = machinery.runner, machinery.latent_step
-        self._rotation = machinery.rotation
-        self.pool = machinery.pool
-        self._vocab_limit, self._token_text = machinery.loaded.vocabulary.size, machinery.token_text
-        ready.set_result(machinery)
-        self._run()
-
-    def _run(self) -> None:
+        self._model, self.pool = model, model.runner.pool
+        ready.set_result(model)
         with torch.inference_mode():
             while self._wait_for_work():
                 self._drop_ended()
@@ -181,9 +179,9 @@ class Scheduler:
                     self._round()
         closed = EngineClosedError("The engine was closed before this request finished.")
         with self._wake:
-            ended = [*self._running, *self._queue]
-        for sequence in ended:
-            self._fail(sequence, closed)
+            left = [*self._running, *self._queue]
+        for sequence in left:
+            self._end(sequence, closed)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -199,10 +197,10 @@ class Scheduler:
         for sequence in candidates:
             request = sequence.request
             if request.cancelled:
-                self._fail(sequence, RequestCancelledError("The request was cancelled."))
+                self._end(sequence, RequestCancelledError("The request was cancelled."))
             elif request.deadline is not None and now > request.deadline:
                 allowed = request.deadline - request.submitted
-                self._fail(sequence, RequestTimeoutError(f"The request did not finish within {allowed:.3g} s."))
+                self._end(sequence, RequestTimeoutError(f"The request did not finish within {allowed:.3g} s."))
 
     def _admit(self) -> None:
         while len(self._running) < self._max_batch:
@@ -211,11 +209,11 @@ class Scheduler:
             if sequence is None:
                 return
             try:
-                if sequence.has_splices:
-                    self._rotation.require()
-                placed = place(sequence, self.pool, chunk=INVARIANT_CHUNK if self._batch_invariant else None)
+                for extra in self._model.extras:
+                    extra.admitting(sequence)
+                placed = place(sequence, self.pool, self._model.find_start)
             except AvpError as error:
-                self._fail(sequence, error)
+                self._end(sequence, error)
                 continue
             if placed is None:
                 return
@@ -226,145 +224,116 @@ class Scheduler:
 
     def _round(self) -> None:
         """One forward pass for everybody who fits."""
+        extras = self._model.extras
         sequences = list(self._running)
         try:
-            self._copy_splices()
+            for extra in extras:
+                extra.before_round(self._running)
             chosen = self._choose()
-            pieces = [sequence.next_piece(budget) for sequence, budget in chosen]
             sequences = [sequence for sequence, _ in chosen]
-            outputs = self._runner.run(pieces)
+            pieces = [sequence.next_piece(budget) for sequence, budget in chosen]
+            outputs = self._model.runner.run(pieces)
             for sequence, piece in zip(sequences, pieces, strict=True):
-                if self._batch_invariant and piece.count == INVARIANT_CHUNK and piece.frame is None:
-                    sequence.chunk_fed(piece.count)
+                for extra in extras:
+                    extra.before_fed(sequence, piece)
                 sequence.fed(piece.count)
-                self._move(sequence, sequence.moves_due())
+                for extra in extras:
+                    extra.after_fed(sequence)
             self._steps += 1
-            self._advance(list(zip(sequences, outputs, strict=True)))
+            for sequence, error in self._take(sequences, outputs):
+                self._end(sequence, error)
         except Exception as error:
-            log.exception("A batch of %d sequences failed", len(sequences))
-            for sequence in [s for s in sequences if s in self._running]:
-                self._fail(sequence, EngineError(f"The forward pass failed: {type(error).__name__}: {error}"))
-
-    def _copy_splices(self) -> None:
-        """Fill in splices whose keys and values are still where they were made.
-
-        Not where results must be bit-equal: they may have been made in other shapes there.
-        """
-        if self._batch_invariant:
-            return
-        for sequence in self._running:
-            while copy_splice(sequence, self.pool):
-                # of splices within it, the keys were moved before they were copied
-                self._move(sequence, sequence.moves_due()[-1:])
-
-    def _move(self, sequence: Sequence, moves: tuple[Move, ...]) -> None:
-        """Rotate the keys of splices that have just been completed."""
-        assert sequence.region is not None
-        for move in moves:
-            self._rotation.move(sequence.region.start + move.start, sequence.region.start + move.stop, move.by)
+            self._fail_batch(sequences, error)
 
     def _choose(self) -> list[tuple[Sequence, int]]:
-        """All sequences past their prefill, and prefilling ones within the budget."""
-        budget = self._prefill_budget
+        """All sequences past their prefill, and prefilling ones within the budget, with their share of it."""
+        chunk = self._model.prefill_chunk
+        budget = PREFILL_BUDGET if chunk is None else sys.maxsize
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._running:
             if not sequence.prefilling:
                 chosen.append((sequence, 1))
-            elif self._batch_invariant:
-                chosen.append((sequence, INVARIANT_CHUNK))
             elif budget > 0:
-                count = min(budget, sequence.total - sequence.length)
+                count = min(budget, chunk or budget, sequence.total - sequence.length)
                 chosen.append((sequence, count))
                 budget -= count
         return chosen
 
-    def _advance(self, outputs: list[tuple[Sequence, PieceOutput]]) -> None:
-        """Hand each output to its sequence; latent steps and samples are made for all rows at once."""
-        ready = [(sequence, output) for sequence, output in outputs if not sequence.prefilling]
-        self._sample([(s, o) for s, o in ready if isinstance(s, Answering)])
-        thinking = [(s, o) for s, o in ready if isinstance(s, Thinking)]
-        for recipe in dict.fromkeys(s.recipe for s, _ in thinking):
-            self._think(recipe, [(s, o) for s, o in thinking if s.recipe == recipe])
+    def _take(self, sequences: list[Sequence], outputs: list[PieceOutput]) -> Iterator[Ended]:
+        """Hand each output to its sequence, latent steps and samples for all rows at once; yields who ended."""
+        ready = [(s, output) for s, output in zip(sequences, outputs, strict=True) if not s.prefilling]
+        runner = self._model.runner
+        yield from take_tokens([(s, o) for s, o in ready if isinstance(s, Decoding)], vocab_limit=runner.vocab_limit)
+        yield from take_latents([(s, o) for s, o in ready if isinstance(s, Thinking)], runner.latent_step)
         for sequence, _ in ready:
-            if isinstance(sequence, Replaying):
-                self._finish(sequence)
+            if not isinstance(sequence, Decoding | Thinking):
+                yield sequence, None
 
-    def _sample(self, rows: list[tuple[Answering, PieceOutput]]) -> None:
-        if not rows:
-            return
-        logits = torch.stack([output.logits for _, output in rows if output.logits is not None])
-        drawn = sample(logits, [sequence.sampler for sequence, _ in rows], vocab_limit=self._vocab_limit)
-        for (sequence, _), result in zip(rows, drawn, strict=True):
-            if not isinstance(result, Sampled):
-                self._fail(sequence, result)
-                continue
-            sequence.accept(result, self._token_text)
-            if sequence.done:
-                self._finish(sequence)
-
-    def _think(self, recipe: LatentRecipe, rows: list[tuple[Thinking, PieceOutput]]) -> None:
-        hidden = torch.stack([output.hidden for _, output in rows])
-        healthy = torch.isfinite(hidden).all(dim=-1).tolist()
-        for (sequence, _), fine in zip(rows, healthy, strict=True):
-            if not fine:
-                step = len(sequence.latents)
-                self._fail(sequence, NumericalError(f"NaN or Inf at latent step {step}; try dtype='float32'."))
-        rows = [row for row, fine in zip(rows, healthy, strict=True) if fine]
-        stepping: list[tuple[Thinking, PieceOutput]] = []
-        for sequence, output in rows:
-            if sequence.done or self._has_settled(sequence, output):
-                self._read_out(sequence, output)
-                self._finish(sequence)
-            else:
-                stepping.append((sequence, output))
-        if stepping:
-            self._step(recipe, stepping)
-
-    def _step(self, recipe: LatentRecipe, rows: list[tuple[Thinking, PieceOutput]]) -> None:
-        hidden = torch.stack([output.hidden for _, output in rows])
-        wanted = [output.logits for _, output in rows if output.logits is not None]
-        logits = torch.stack(wanted) if len(wanted) == len(rows) else None
-        for (sequence, output), latent in zip(rows, self._latent_step(hidden, logits, recipe), strict=True):
-            sequence.latents.append(latent)
-            sequence.last_hidden = output.hidden
-
-    def _has_settled(self, sequence: Thinking, output: PieceOutput) -> bool:
-        """Whether a stopping rule holds."""
-        recipe = sequence.recipe
-        if recipe.stop_cosine is not None and sequence.last_hidden is not None:
-            pair = (output.hidden.float(), sequence.last_hidden.float())
-            if float(torch.cosine_similarity(*pair, dim=0)) > recipe.stop_cosine:
-                return True
-        if recipe.stop_entropy is None or output.logits is None:
-            return False
-        return float(self._latent_step.entropy(output.logits[None])) < recipe.stop_entropy
-
-    def _read_out(self, sequence: Thinking, output: PieceOutput) -> None:
-        """Keep the next-token distribution; a run that settled early without logits has none."""
-        if output.logits is not None:
-            ids, probabilities = self._latent_step.readout(output.logits[None])
-            sequence.read_out(output.hidden, ids[0], probabilities[0])
-
-    def _finish(self, sequence: Sequence) -> None:
-        """The sequence's result becomes a context that keeps its keys and values."""
-        event = sequence.end()
-        assert sequence.region is not None
-        context = sequence.result_context()
-        kv = self.pool.close(sequence.region, context, sequence.request.store)
-        if context is not None:
-            context.attach(kv=kv)
-        self._leave(sequence)
-        sequence.request.deliver(event)
-
-    def _fail(self, sequence: Sequence, error: AvpError) -> None:
+    def _end(self, sequence: Sequence, error: AvpError | None) -> None:
+        """Close a sequence's region, and tell its caller; a result becomes a context that keeps its keys and values."""
+        context = sequence.result() if error is None else None
         if sequence.region is not None:
-            self.pool.close(sequence.region, None, sequence.request.store)
-        self._leave(sequence)
-        sequence.request.deliver(error)
-
-    def _leave(self, sequence: Sequence) -> None:
+            kv = self.pool.close(sequence.region, context, sequence.request.owner)
+            if context is not None:
+                context.attach(kv=kv)
         with self._wake:
             if sequence in self._running:
                 self._running.remove(sequence)
             else:
                 self._queue.remove(sequence)
+        sequence.ended(error)
+
+    def _fail_batch(self, sequences: list[Sequence], error: Exception) -> None:
+        log.error("A batch of %d sequences failed", len(sequences), exc_info=error)
+        for sequence in [s for s in sequences if s in self._running]:
+            self._end(sequence, EngineError(f"The forward pass failed: {type(error).__name__}: {error}"))
+
+
+class AdmissionQueue:
+    """The waiting room. First come, first served within a source; round robin between sources, so that nobody starves.
+
+    Args:
+        limit: Most sequences that may wait.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._by_source: OrderedDict[str, deque[Sequence]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(waiting) for waiting in self._by_source.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for waiting in self._by_source.values():
+            yield from waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those of its source.
+
+        Raises:
+            EngineBusyError: The queue is full.
+        """
+        if len(self) >= self._limit:
+            raise EngineBusyError(
+                f"{self._limit} requests are waiting already; try again later, or raise max_queue (or max_batch)."
+            )
+        self._by_source.setdefault(sequence.request.source, deque()).append(sequence)
+
+    def peek(self) -> Sequence | None:
+        """The sequence whose turn it is."""
+        return next(iter(self), None)
+
+    def pop(self) -> Sequence:
+        """Take that sequence; its source goes to the back of the line."""
+        source, waiting = self._by_source.popitem(last=False)
+        sequence = waiting.popleft()
+        if waiting:
+            self._by_source[source] = waiting
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence that gave up."""
+        source = sequence.request.source
+        self._by_source[source].remove(sequence)
+        if not self._by_source[source]:
+            del self._by_source[source]

@@ -1,4 +1,6 @@
-"""Moving keys to other positions, by the model's own rotary embedding.
+"""Splices: keys and values that were made behind another prefix, moved to where they stand now.
+
+They are moved by the model's own rotary embedding.
 
 A key that was made at position p carries the rotation R(p). Rotations compose, so R(d) takes it to position p + d;
 values carry no position. R(d) comes from the model: its rotary module gives cosines and sines, and the function that
@@ -19,11 +21,17 @@ import torch
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from typing_extensions import override
 
+from avp_agents.context import SplicedSegment, prefix_of
 from avp_agents.engine.core.attention import Layout, Row
 from avp_agents.engine.core.kv_pool import KvPool
 from avp_agents.engine.core.model import Forward, LoadedModel
+from avp_agents.engine.core.prefill import Move
+from avp_agents.engine.core.scheduler import Extra
+from avp_agents.engine.core.sequence import Sequence
 from avp_agents.errors import UnsupportedModelError
+from avp_agents.lineage import concatenated, shared_positions
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest relative deviation of a rotated key from one made in place. The models' own angles are float32, whose
@@ -57,25 +65,30 @@ class _Rotary:
         return torch.cat([turned[0].to(keys.dtype), keys[..., cos.shape[-1] :]], dim=-1)
 
 
-class KeyRotation:
-    """Rotates keys in the pool. Used by the scheduler's thread only.
+class Splices(Extra):
+    """Prefills splices: copies them from where they were made, and moves their keys. On the scheduler's thread only.
 
     Args:
         loaded: The model.
         pool: Its KV memory.
+        copies: Whether a splice may be copied from where it was made. Not where results must be bit-equal: it may have
+            been made in other shapes there.
     """
 
-    def __init__(self, loaded: LoadedModel, pool: KvPool) -> None:
-        self._loaded, self._pool = loaded, pool
+    def __init__(self, loaded: LoadedModel, pool: KvPool, *, copies: bool) -> None:
+        self._loaded, self._pool, self._copies = loaded, pool, copies
         self._rotaries: list[_Rotary | None] | None = None
         self._refusal: UnsupportedModelError | None = None
 
-    def require(self) -> None:
-        """Find each layer's rotation and try it, at the first call.
+    @override
+    def admitting(self, sequence: Sequence) -> None:
+        """Find each layer's rotation and try it, when it is needed for the first time.
 
         Raises:
             UnsupportedModelError: Keys of this model cannot be moved exactly.
         """
+        if not _has_splices(sequence):
+            return
         if self._rotaries is None and self._refusal is None:
             try:
                 self._rotaries = self._find()
@@ -84,12 +97,31 @@ class KeyRotation:
         if self._refusal is not None:
             raise self._refusal
 
-    def move(self, start: int, stop: int, by: int) -> None:
-        """Rotate the keys at pool positions ``start:stop`` `by` positions forward; `require` was called before."""
-        assert self._rotaries is not None
-        for keys, rotary in zip(self._pool.keys, self._rotaries, strict=True):
-            if rotary is not None:
-                keys[:, start:stop] = rotary.rotate(keys[:, start:stop], by)
+    @override
+    def before_round(self, running: list[Sequence]) -> None:
+        """Fill in splices whose keys and values are still where they were made."""
+        if not self._copies:
+            return
+        for sequence in running:
+            while _has_splices(sequence) and _copy_splice(sequence, self._pool):
+                # of splices within it, the keys were moved before they were copied
+                self._move(sequence, _moves_due(sequence)[-1:])
+
+    @override
+    def after_fed(self, sequence: Sequence) -> None:
+        """Rotate the keys of splices that have just been completed."""
+        if _has_splices(sequence):
+            self._move(sequence, _moves_due(sequence))
+
+    def _move(self, sequence: Sequence, moves: tuple[Move, ...]) -> None:
+        assert sequence.region is not None
+        base = sequence.region.start
+        for move in moves:
+            assert self._rotaries is not None
+            span = slice(base + move.start, base + move.stop)
+            for keys, rotary in zip(self._pool.keys, self._rotaries, strict=True):
+                if rotary is not None:
+                    keys[:, span] = rotary.rotate(keys[:, span], move.by)
 
     def _find(self) -> list[_Rotary | None]:
         """Per layer its rotation; None where its keys carry no position."""
@@ -213,6 +245,56 @@ class _KeyRecorder(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def _has_splices(sequence: Sequence) -> bool:
+    return any(run.splice is not None for run in sequence.runs)
+
+
+def _moves_due(sequence: Sequence) -> tuple[Move, ...]:
+    """What is to be moved, the newest position being in."""
+    return next((run.moves for run in sequence.runs if run.stop == sequence.length), ())
+
+
+def _next_splice(sequence: Sequence) -> SplicedSegment | None:
+    """The splice that is to be prefilled next, if it is one, and not the last thing to be prefilled."""
+    start = 0
+    for segment in sequence.lineage:
+        if start == sequence.length and isinstance(segment, SplicedSegment):
+            return segment if start + len(segment) < sequence.total else None
+        start += len(segment)
+    return None
+
+
+def _copy_splice(sequence: Sequence, pool: KvPool) -> bool:
+    """Copy the keys and values of the sequence's next splice from where they were made, as far as they are there.
+
+    Returns:
+        Whether any were. Once the splice is complete its keys are yet to be moved.
+    """
+    splice = _next_splice(sequence)
+    if splice is None:
+        return False
+    branch = concatenated(prefix_of(sequence.lineage, splice.prefix), splice.segments)
+    most = splice.prefix + len(splice)
+    # the keys of a splice within this one were moved already: it is copied whole or not at all
+    least = most if any(isinstance(part, SplicedSegment) for part in splice.segments) else splice.prefix + 1
+    source, found = 0, 0
+    for view in pool.views():
+        context, region = view.context(), view.region
+        if context is None or region is None or view.owner is not sequence.request.owner:
+            continue
+        matched = min(view.length, most, shared_positions(concatenated(context.lineage), branch))
+        if matched > found:
+            source, found = region.start + splice.prefix, matched
+    if found < least:
+        return False
+    assert sequence.region is not None
+    copied = found - splice.prefix
+    pool.copy(source, sequence.region.start + sequence.length, copied)
+    sequence.started.reused += copied
+    sequence.fed(copied)
+    return True
 
 
 def _deviation(found: torch.Tensor, expected: torch.Tensor) -> float:

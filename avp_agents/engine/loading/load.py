@@ -21,9 +21,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils.quantization_config import GgufConfig
 
 from avp_agents.engine.core import attention
+from avp_agents.engine.core.attention import Layout, Row
 from avp_agents.engine.core.kv_pool import LayerShape
 from avp_agents.engine.core.latent_step import Vocabulary
-from avp_agents.engine.core.layout import Layout, Row
 from avp_agents.engine.core.model import Forward, LoadedModel
 from avp_agents.engine.loading.packed_linear import can_pack, pack_linears
 from avp_agents.errors import AvpError, ConfigurationError, ModelNotFoundError, UnsupportedModelError

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from avp_agents.engine.core.attention import IMPLEMENTATION, PoolCache
+from avp_agents.engine.core.attention import IMPLEMENTATION, Layout, PoolCache, Row
 from avp_agents.engine.core.kv_pool import KvPool
-from avp_agents.engine.core.layout import Layout, Row
 from avp_agents.engine.core.model import Forward, LoadedModel, decoder_of, last_hidden
 from avp_agents.errors import UnsupportedModelError
 
@@ -62,7 +61,6 @@ def _pass(
 ) -> torch.Tensor:
     bases = torch.cat([torch.full((row.count,), row.base) for row in rows])
     layout = Layout(slots=(bases + positions).to(inputs.device), rows=rows)
-    cache.place(layout.slots)
     return forward(inputs, positions.to(inputs.device), None, cache, layout)[0].float()
 
 

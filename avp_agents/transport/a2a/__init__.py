@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from avp_agents.errors import ConfigurationError
+from avp_agents.transport.a2a.names import EXTENSION_URI
 
 if TYPE_CHECKING:
     from avp_agents.transport.a2a.announcement import Announcement, announce, announcement_of, introduce
@@ -25,9 +26,6 @@ __all__ = [
     "EXTENSION_URI", "Announcement", "Received", "UrlPolicy", "announce", "announcement_of", "introduce", "offer",
     "receive",
 ]  # fmt: skip
-
-EXTENSION_URI = "urn:avp-agents:contexts:1"
-"""Identifies the extension in cards, messages and the header ``A2A-Extensions``."""
 
 _MODULES = {
     "Announcement": "announcement",

@@ -13,7 +13,7 @@ from a2a.types import AgentCard, AgentExtension, Message
 
 from avp_agents.errors import HandshakeError
 from avp_agents.protocol.handshake import Hello
-from avp_agents.transport.a2a import EXTENSION_URI
+from avp_agents.transport.a2a.names import EXTENSION_URI
 from avp_agents.transport.a2a.structs import from_protobuf, to_struct
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.wire import Json

@@ -21,8 +21,8 @@ from avp_agents.errors import LimitExceededError
 from avp_agents.handle import ContextHandle
 from avp_agents.protocol.frame_values import encode_context
 from avp_agents.protocol.handshake import CrossingMode, Hello, handshake
-from avp_agents.transport.a2a import EXTENSION_URI
 from avp_agents.transport.a2a.announcement import VERSION, Announcement
+from avp_agents.transport.a2a.names import EXTENSION_URI
 from avp_agents.transport.a2a.structs import to_struct, to_value
 from avp_agents.transport.arrival import FRAME_TYPE, THOUGHT_TYPE
 from avp_agents.transport.wire import API, frame_key

@@ -14,9 +14,9 @@ from avp_agents.errors import AvpError, HandshakeError, LimitExceededError, Tran
 from avp_agents.handle import ContextHandle
 from avp_agents.protocol.handshake import IN_PROCESS, MODES, CrossingMode, Hello, Link, Shipment
 from avp_agents.protocol.limits import Limits
-from avp_agents.transport.a2a import EXTENSION_URI
 from avp_agents.transport.a2a.announcement import RAW_BYTES, VERSION
 from avp_agents.transport.a2a.fetching import UrlPolicy, fetch
+from avp_agents.transport.a2a.names import EXTENSION_URI
 from avp_agents.transport.a2a.offering import CONTEXT_TYPE
 from avp_agents.transport.a2a.structs import from_protobuf
 from avp_agents.transport.arrival import Fetch, Offer, take_in

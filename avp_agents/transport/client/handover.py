@@ -17,7 +17,7 @@ from avp_agents.transport.wire import API
 from avp_agents.usage import Handoff, HandoffMode
 
 if TYPE_CHECKING:
-    from avp_agents.engine.crossing import Reread
+    from avp_agents.crossing.sides import Reread
     from avp_agents.engine.latent_engine import LatentEngine
 
 

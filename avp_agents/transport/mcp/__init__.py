@@ -12,18 +12,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from avp_agents.errors import ConfigurationError
+from avp_agents.transport.mcp.names import EXTENSION
 
 if TYPE_CHECKING:
     from avp_agents.transport.mcp.client import McpContexts
     from avp_agents.transport.mcp.endpoint import mount
 
 __all__ = ["EXTENSION", "McpContexts", "mount"]
-
-EXTENSION = "avp-agents/contexts"
-"""Identifies what is spoken here among a server's capabilities."""
-
-ERROR_KEY = "avp-agents/error"
-"""Where an error's class and message stand in the ``_meta`` of a tool's result."""
 
 _MODULES = {"McpContexts": "client", "mount": "endpoint"}
 

@@ -24,7 +24,7 @@ from avp_agents.protocol.handshake import CrossingMode, Hello, Link, LinkMeter, 
 from avp_agents.protocol.limits import Limits
 from avp_agents.transport.arrival import Fetch, Offer, Payload, take_in
 from avp_agents.transport.json_fields import Fields, parse_json
-from avp_agents.transport.mcp import ERROR_KEY, EXTENSION
+from avp_agents.transport.mcp.names import ERROR_KEY, EXTENSION
 from avp_agents.transport.problems import error_from_json
 from avp_agents.transport.wire import Json, frame_key, handoff_from_json
 from avp_agents.usage import Handoff

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from avp_agents.transport.mcp import EXTENSION
+from avp_agents.transport.mcp.names import EXTENSION
 from avp_agents.transport.mcp.resources import ContextResources
 from avp_agents.transport.mcp.tools import ContextTools
 from avp_agents.transport.server.service import Service

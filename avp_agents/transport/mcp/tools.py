@@ -11,8 +11,8 @@ from avp_agents.context import Context
 from avp_agents.errors import ConfigurationError, ContextLostError
 from avp_agents.handle import ContextHandle
 from avp_agents.transport.json_fields import Fields
-from avp_agents.transport.mcp import ERROR_KEY
 from avp_agents.transport.mcp.asking import SCOPE, Asking, described, explained, resolved, tenant_of
+from avp_agents.transport.mcp.names import ERROR_KEY
 from avp_agents.transport.server.service import Service
 from avp_agents.transport.server.tenants import Tenant
 from avp_agents.transport.wire import Json

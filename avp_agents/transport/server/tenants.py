@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from avp_agents.context import Context
-from avp_agents.engine.crossing import Crossing
+from avp_agents.crossing.sides import Crossing
 from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError, PromptError, RequestCancelledError, StoreFullError
 from avp_agents.handle import ContextHandle

@@ -24,11 +24,12 @@ from avp_agents.crossing.token_bytes import TokenBytes, read_token_bytes
 from avp_agents.crossing.transcript import TranscriptReader
 from avp_agents.crossing.vocabulary import SharedVocabulary, cached_shared_vocabulary
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError
+from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.protocol.handshake import Hello
 from avp_agents.usage import HandoffMode
 
 if TYPE_CHECKING:
-    from avp_agents.engine.runtime import ModelRuntime
+    from transformers import PreTrainedTokenizerBase
 
 Reread = bool | Literal["all"]
 """Which text of the source's travels: True is what users and tools said and what the source answered last, ``"all"``
@@ -54,36 +55,70 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Side:
+    """One model, as far as contexts that come and go concern it.
+
+    Attributes:
+        fingerprint: The model's.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        tokenizer: Its tokenizer.
+        renderer: Its prompts.
+        vocabulary_size: Ids that stand for tokens.
+        embed: Ids ``[...]`` to input embeddings ``[..., hidden]``, the architecture's scale included.
+        mean_norm: Computes the mean norm of those embeddings over the vocabulary.
+        device: Where they are.
+    """
+
+    fingerprint: str
+    dtype: str
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    vocabulary_size: int
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    mean_norm: Callable[[], float]
+    device: torch.device
+
+
 class Crossing:
     """The way out of one model and into it. Thread-safe once made.
 
     Args:
-        runtime: The model.
-        model_path: Its name.
+        model_path: The model's name.
+        load: Tells of the model, which it loads where it has to; called at the first use.
+        project_vectors: Whether a thought may enter as a vector.
     """
 
-    def __init__(self, runtime: ModelRuntime, model_path: str) -> None:
-        self._runtime, self.model_path = runtime, model_path
+    def __init__(self, model_path: str, load: Callable[[], Side], *, project_vectors: bool) -> None:
+        self.model_path = model_path
+        self._load, self._project_vectors = load, project_vectors
+        self._loaded: Side | None = None
+
+    @property
+    def _side(self) -> Side:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
 
     @property
     def fingerprint(self) -> str:
         """The model's."""
-        return self._runtime.loaded.fingerprint
+        return self._side.fingerprint
 
     @property
     def dtype(self) -> str:
         """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
-        return self._runtime.loaded.dtype_name
+        return self._side.dtype
 
     @property
     def has_template(self) -> bool:
         """Whether prompts may be messages."""
-        return bool(self._runtime.tokenizer.chat_template)
+        return bool(self._side.tokenizer.chat_template)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
         """What the model's tokens stand for."""
-        return read_token_bytes(self._runtime.tokenizer, self._runtime.loaded.vocabulary.size)
+        return read_token_bytes(self._side.tokenizer, self._side.vocabulary_size)
 
     def hello(self, *, prefill_rate: float | None = None) -> Hello:
         """What this side is, for a handshake.
@@ -138,7 +173,7 @@ class Crossing:
         """
         text = replace(thought, distributions=())
         mode: HandoffMode = "reread" if thought.messages else "text"
-        if not self._runtime.settings.project_vectors:
+        if not self._project_vectors:
             return Choice(text, mode, "its text is read again, without a vector")
         if not thought.distributions:
             return Choice(text, mode, "it has no latent steps to make a vector of")
@@ -153,15 +188,17 @@ class Crossing:
         Raises:
             ProjectionError: The vocabularies share no token of a distribution.
         """
-        loaded = self._runtime.loaded
+        side = self._side
         opening = TokenSegment(self._opening(thought.messages))
         if not thought.distributions:
-            return Context(loaded.fingerprint, loaded.dtype_name, (opening,))
+            return Context(side.fingerprint, side.dtype, (opening,))
         projection = self.embeddings_of(thought)
         count = len(projection.embeddings)
         recipe = LatentRecipe(method="projection", k=None, temperature=1.0, renormalise=True, steps=count)
-        latents = LatentSegment(projection.embeddings.to(loaded.dtype).cpu(), recipe, origin=thought.origin)
-        return Context(loaded.fingerprint, loaded.dtype_name, (opening, latents))
+        latents = LatentSegment(
+            projection.embeddings.to(getattr(torch, side.dtype)).cpu(), recipe, origin=thought.origin
+        )
+        return Context(side.fingerprint, side.dtype, (opening, latents))
 
     def read(self, thought: Thought) -> Context:
         """A context of this model that has read a thought's text, and nothing of its vectors.
@@ -169,10 +206,10 @@ class Crossing:
         It ends with the last message's turn, so that the next prompt goes on as in one conversation with these
         messages; where the template does not say where a turn ends, it ends in an open assistant turn.
         """
-        loaded = self._runtime.loaded
-        ids, stop_ids = self._opening(thought.messages), self._runtime.renderer.stop_ids
+        side = self._side
+        ids, stop_ids = self._opening(thought.messages), side.renderer.stop_ids
         end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] in stop_ids), len(ids))
-        return Context(loaded.fingerprint, loaded.dtype_name, (TokenSegment(ids[:end]),))
+        return Context(side.fingerprint, side.dtype, (TokenSegment(ids[:end]),))
 
     def embeddings_of(self, thought: Thought) -> Projection:
         """The thought's distributions as input embeddings of this model.
@@ -184,12 +221,12 @@ class Crossing:
 
     @cached_property
     def _projector(self) -> Projector:
-        vocabulary = self._runtime.loaded.vocabulary
-        return Projector(self.token_bytes, vocabulary.embed, self._runtime.latent_step.mean_norm, vocabulary.device)
+        side = self._side
+        return Projector(self.token_bytes, side.embed, side.mean_norm(), side.device)
 
     @cached_property
     def _transcript(self) -> TranscriptReader:
-        tokenizer, renderer = self._runtime.tokenizer, self._runtime.renderer
+        tokenizer, renderer = self._side.tokenizer, self._side.renderer
         render = renderer.render if self.has_template else None
         return TranscriptReader(tokenizer, render, renderer.control_ids)
 
@@ -203,7 +240,7 @@ class Crossing:
 
         It is never empty. Attention heads rest on a sequence's first position, so that must not be a vector.
         """
-        tokenizer, renderer = self._runtime.tokenizer, self._runtime.renderer
+        tokenizer, renderer = self._side.tokenizer, self._side.renderer
         if self.has_template:
             chat = [message.to_chat() for message in messages]
             return tuple(renderer.render(chat or [{"role": "user", "content": ""}]))
