@@ -24,27 +24,23 @@ from avp_agents.store.references import References, Removals, StoredHandle
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What a store has of a context's segments, which keep their values, and what it has not.
+class Lacking:
+    """What a store has to write to hold a context's segments; those that are there keep their values.
 
     Attributes:
-        found: Those that are there, by id.
-        absent: Those that are not, encoded.
+        absent: Those that are not there, encoded, by id.
         outdated: Those that are there torn, or without the readout that they should have, encoded.
     """
 
-    found: list[str]
     absent: dict[str, bytes]
     outdated: dict[str, bytes]
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is lacking."""
-        return not self.absent and not self.outdated
+    def __bool__(self) -> bool:
+        return bool(self.absent or self.outdated)
 
     @property
-    def lacking_bytes(self) -> int:
-        """Bytes of what is lacking."""
+    def size(self) -> int:
+        """Their bytes."""
         return sum(len(data) for data in (*self.absent.values(), *self.outdated.values()))
 
 
@@ -69,8 +65,8 @@ class LineageRecords:
         found, _ = self._records.read("segments", segment_ids, decode_segment)
         return [found[segment_id] for segment_id in segment_ids] if len(found) == len(segment_ids) else None
 
-    def compare(self, context: Context, digests: Sequence[str], segment_ids: Sequence[str]) -> Comparison:
-        """What is there of a context, and what would have to be written.
+    def lacking(self, context: Context, digests: Sequence[str], segment_ids: Sequence[str]) -> Lacking:
+        """What has to be written so that a context's segments are there.
 
         Args:
             context: What is to be stored.
@@ -78,11 +74,12 @@ class LineageRecords:
             segment_ids: Of its segments, in order.
         """
         stored, unreadable = self._records.read("segments", segment_ids, decode_segment)
-        lacking = _lacking(stored, context, digests, segment_ids)
-        encoded = {own: self._encoded(own, record) for own, record in lacking.items()}
+        encoded = {
+            own: self._records.sealed(encode_segment(record, own, self._namespace), name_of("segments", own))
+            for own, record in _lacking(stored, context, digests, segment_ids).items()
+        }
         there = stored.keys() | unreadable
-        return Comparison(
-            found=[own for own in segment_ids if own not in lacking],
+        return Lacking(
             absent={own: data for own, data in encoded.items() if own not in there},
             outdated={own: data for own, data in encoded.items() if own in there},
         )
@@ -174,15 +171,6 @@ class LineageRecords:
         found, torn = self._records.read("segments", list(segment_ids.keys() - self._authentic), decode_segment)
         self._authentic |= found.keys()
         return torn
-
-    def _encoded(self, segment_id: str, record: SegmentRecord) -> bytes:
-        """A segment as it is stored.
-
-        Raises:
-            ConfigurationError: Its values are out of range, not finite, or of the wrong shape or dtype.
-        """
-        data = encode_segment(record, segment_id, self._namespace)
-        return self._records.sealed(data, name_of("segments", segment_id))
 
     def _encoded_handle(self, record: HandleRecord) -> tuple[str, bytes]:
         """A handle's name, and its bytes."""

@@ -224,26 +224,27 @@ class RecordStore(ContextStore):
         segment_ids = self.namespace.segment_ids(context.recipe_ids)
         stored = self._lineages.read_handles([handle.id])
         known = next(iter(self._live_of(stored, handle.id)), None)
-        there = self._lineages.compare(context, digests, segment_ids)
-        if known is not None and there.is_complete:
+        lacking = self._lineages.lacking(context, digests, segment_ids)
+        if known is not None and not lacking:
             self._lineages.use(handle.id)
             return known.handle
-        if not self._make_room(there.lacking_bytes, segment_ids, spare=handle.id):
+        if not self._make_room(lacking.size, segment_ids, spare=handle.id):
             raise StoreFullError(
-                f"{there.lacking_bytes} bytes do not fit under the budget of {self.byte_budget} beside what is pinned. "
+                f"{lacking.size} bytes do not fit under the budget of {self.byte_budget} beside what is pinned. "
                 "Unpin or delete contexts, or raise byte_budget."
             )
         record = known or HandleRecord(handle, context.recipe_id, ttl, self.blobs.now(), tuple(segment_ids))
+        there = set(segment_ids) - lacking.absent.keys()
         with self.blobs.writing():
-            if self.records.existing("segments", there.found) != set(there.found):
+            if self.records.existing("segments", there) != there:
                 # somebody removed some of them meanwhile, and cannot do so from here on
-                there = self._lineages.compare(context, digests, segment_ids)
+                lacking = self._lineages.lacking(context, digests, segment_ids)
             self._lineages.use(handle.id)
-            self._lineages.replace_segments(there.outdated)
-            added = self._lineages.add(there.absent, record)
-            if not there.absent.keys() <= added:
+            self._lineages.replace_segments(lacking.outdated)
+            added = self._lineages.add(lacking.absent, record)
+            if not lacking.absent.keys() <= added:
                 # what somebody else has written meanwhile may lack our readout
-                self._lineages.replace_segments(self._lineages.compare(context, digests, segment_ids).outdated)
+                self._lineages.replace_segments(self._lineages.lacking(context, digests, segment_ids).outdated)
             if handle.id not in added:
                 first = self._live(handle.id) if known or not stored else None
                 if first is not None:

@@ -2,11 +2,10 @@
 
 The MAC is over the record's kind, its id and all its bytes, so that no record can take another's place.
 
-A segment's values are one byte string (``body``), everything in it little-endian: int32 token ids, or embeddings
-[positions, hidden], of a splice those of its parts, in order; then, where a stored context ends here, the readout:
-hidden state, int32 token ids, float32 probabilities. bfloat16 and float16 are kept bit for bit. Its ``form`` is a map:
-kind ("tokens", "latent", "spliced") and positions; of latent steps also recipe, hidden and origin; of a splice also
-prefix and the parts' forms.
+A segment is a map of its kind and its values: int32 token ids ("tokens"); embeddings [positions, hidden] with recipe
+and origin ("latent"); or the parts of a splice, with its prefix ("spliced"). Where a stored context ends in it, the
+record holds the readout too: hidden state, int32 token ids, float32 probabilities. Values are little-endian; bfloat16
+and float16 are kept bit for bit.
 
 The scope is not in a handle's record: the handle's id is a digest of recipe and scope, so a scope can be checked but
 not read.
@@ -14,7 +13,6 @@ not read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 3
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -123,37 +121,31 @@ def encode_segment(record: SegmentRecord, segment_id: str, namespace: Namespace)
     Raises:
         ConfigurationError: Ids are not int32 >= 0, or a tensor has the wrong shape or dtype or is not finite.
     """
-    readout = record.readout
     fields = {
         "fingerprint": record.fingerprint,
         "dtype": record.dtype,
-        "form": _form(record.segment),
-        "readout": [readout.hidden.numel(), readout.token_ids.numel()] if readout is not None else None,
-        "body": payload_bytes(record.segment, record.dtype)
-        + (_readout_bytes(readout, record.dtype) if readout is not None else b""),
+        "segment": _packed(record.segment, record.dtype),
+        "readout": _packed_readout(record.readout, record.dtype) if record.readout is not None else None,
     }
     return _encode(fields, "segment:" + segment_id, namespace)
 
 
 def decode_segment(data: bytes, segment_id: str, namespace: Namespace) -> SegmentRecord:
-    """The record that `data` holds; sizes and values are checked too, though they are authentic.
+    """The record that `data` holds; its values are checked too, though they are authentic.
 
     Raises:
         IntegrityError: The bytes are torn, altered, another segment's, or of a version this release does not know.
     """
     fields = _decode(data, "segment:" + segment_id, namespace)
-    cursor, dtype = _Cursor(fields["body"]), fields["dtype"]
-    segment = _parse_segment(fields["form"], cursor, dtype)
-    readout = None
-    if fields["readout"] is not None:
-        hidden, k = fields["readout"]
-        readout = Readout(
-            hidden=cursor.floats((hidden,), dtype),
-            token_ids=cursor.token_ids_tensor(k),
-            probabilities=cursor.floats((k,), "float32"),
-        )
-    cursor.finish()
-    return SegmentRecord(segment, fields["fingerprint"], dtype, readout)
+    dtype, readout = fields["dtype"], fields["readout"]
+    if dtype not in DTYPES:
+        raise IntegrityError(f"unknown dtype {dtype!r}")
+    return SegmentRecord(
+        segment=_unpacked(fields["segment"], dtype),
+        fingerprint=fields["fingerprint"],
+        dtype=dtype,
+        readout=_unpacked_readout(readout, dtype) if readout is not None else None,
+    )
 
 
 def payload_bytes(segment: Segment, dtype: str) -> bytes:
@@ -188,32 +180,51 @@ def _decode(data: bytes, label: str, namespace: Namespace) -> dict[str, Any]:
     return fields
 
 
-def _form(segment: Segment) -> dict[str, Any]:
-    """What a segment is, all but its values."""
-    form: dict[str, Any] = {"positions": len(segment)}
+def _packed(segment: Segment, dtype: str) -> dict[str, Any]:
+    if isinstance(segment, SplicedSegment):
+        parts = [_packed(part, dtype) for part in segment.segments]
+        return {"kind": "spliced", "prefix": segment.prefix, "parts": parts}
+    values = payload_bytes(segment, dtype)
     if isinstance(segment, TokenSegment):
-        return form | {"kind": "tokens"}
-    if isinstance(segment, LatentSegment):
-        hidden, recipe = int(segment.embeddings.shape[-1]), astuple(segment.recipe)
-        return form | {"kind": "latent", "recipe": recipe, "hidden": hidden, "origin": segment.origin}
-    return form | {"kind": "spliced", "prefix": segment.prefix, "parts": [_form(part) for part in segment.segments]}
+        return {"kind": "tokens", "values": values}
+    hidden, recipe = int(segment.embeddings.shape[-1]), astuple(segment.recipe)
+    return {"kind": "latent", "values": values, "hidden": hidden, "recipe": recipe, "origin": segment.origin}
 
 
-def _readout_bytes(readout: Readout, dtype: str) -> bytes:
+def _unpacked(fields: Mapping[str, Any], dtype: str) -> Segment:
+    if fields["kind"] == "spliced":
+        return SplicedSegment(tuple(_unpacked(part, dtype) for part in fields["parts"]), fields["prefix"])
+    if fields["kind"] == "tokens":
+        return TokenSegment(tuple(_ids(fields["values"]).tolist()))
+    embeddings = _floats(fields["values"], dtype).reshape(-1, fields["hidden"])
+    return LatentSegment(embeddings, LatentRecipe(*fields["recipe"]), fields["origin"])
+
+
+def _packed_readout(readout: Readout, dtype: str) -> dict[str, bytes]:
     k = readout.token_ids.numel()
     shapes = readout.hidden.dim(), readout.token_ids.shape, readout.probabilities.shape
     _require(shapes == (1, (k,), (k,)), "A readout has the shapes [hidden], [k] and [k].")
-    return (
-        _float_bytes(readout.hidden, dtype, "A readout's hidden state")
-        + payload_bytes(TokenSegment(tuple(readout.token_ids.tolist())), dtype)
-        + _float_bytes(readout.probabilities, "float32", "A readout's probabilities")
+    return {
+        "hidden": _float_bytes(readout.hidden, dtype, "A readout's hidden state"),
+        "token_ids": payload_bytes(TokenSegment(tuple(readout.token_ids.tolist())), dtype),
+        "probabilities": _float_bytes(readout.probabilities, "float32", "A readout's probabilities"),
+    }
+
+
+def _unpacked_readout(fields: Mapping[str, bytes], dtype: str) -> Readout:
+    import torch
+
+    return Readout(
+        hidden=_floats(fields["hidden"], dtype),
+        token_ids=torch.from_numpy(_ids(fields["token_ids"]).astype(np.int64)),
+        probabilities=_floats(fields["probabilities"], "float32"),
     )
 
 
 def _float_bytes(tensor: torch.Tensor, dtype: str, what: str) -> bytes:
     import torch
 
-    _require(dtype in DTYPE_BYTES, f"Unknown dtype {dtype!r}; use one of {', '.join(DTYPE_BYTES)}.")
+    _require(dtype in DTYPES, f"Unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}.")
     _require(tensor.dtype == getattr(torch, dtype), f"{what} must be {dtype}, not {tensor.dtype}.")
     _require(bool(tensor.isfinite().all()), f"{what} must be finite.")
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -224,53 +235,19 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigurationError(message)
 
 
-def _parse_segment(form: dict[str, Any], cursor: _Cursor, dtype: str) -> Segment:
-    positions = form["positions"]
-    if form["kind"] == "tokens":
-        return TokenSegment(tuple(cursor.token_ids(positions).tolist()))
-    if form["kind"] == "latent":
-        embeddings = cursor.floats((positions, form["hidden"]), dtype)
-        return LatentSegment(embeddings, LatentRecipe(*form["recipe"]), form["origin"])
-    parts = tuple(_parse_segment(part, cursor, dtype) for part in form["parts"])
-    return SplicedSegment(parts, form["prefix"])
+def _ids(values: bytes) -> np.ndarray:
+    ids = np.frombuffer(values, dtype="<i4")
+    if ids.size and ids.min() < 0:
+        raise IntegrityError("negative token ids")
+    return ids
 
 
-class _Cursor:
-    """Reads a body from front to back, and refuses to read past its end or to leave a rest."""
+def _floats(values: bytes, dtype: str) -> torch.Tensor:
+    import torch
 
-    def __init__(self, body: bytes) -> None:
-        self._body, self._offset = body, 0
-
-    def token_ids(self, count: int) -> np.ndarray:
-        ids = np.frombuffer(self._take(4 * count), dtype="<i4")
-        if ids.size and ids.min() < 0:
-            raise IntegrityError("negative token ids")
-        return ids
-
-    def token_ids_tensor(self, count: int) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(self.token_ids(count).astype(np.int64))
-
-    def floats(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-        import torch
-
-        if dtype not in DTYPE_BYTES:
-            raise IntegrityError(f"unknown dtype {dtype!r}")
-        raw = bytearray(self._take(math.prod(shape) * DTYPE_BYTES[dtype]))
-        if not raw:
-            return torch.empty(shape, dtype=getattr(torch, dtype))
-        tensor = torch.frombuffer(raw, dtype=getattr(torch, dtype)).reshape(shape)
-        if not tensor.isfinite().all():
-            raise IntegrityError("values that are not finite")
-        return tensor
-
-    def finish(self) -> None:
-        if self._offset != len(self._body):
-            raise IntegrityError("bytes left over")
-
-    def _take(self, count: int) -> bytes:
-        if count < 0 or self._offset + count > len(self._body):
-            raise IntegrityError("shorter than its header says")
-        self._offset += count
-        return self._body[self._offset - count : self._offset]
+    if not values:
+        return torch.empty(0, dtype=getattr(torch, dtype))
+    tensor = torch.frombuffer(bytearray(values), dtype=getattr(torch, dtype))
+    if not tensor.isfinite().all():
+        raise IntegrityError("values that are not finite")
+    return tensor
