@@ -39,7 +39,7 @@ def id_of_handle(handle: AnyHandle) -> str:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds.
+    """Counts and bytes of what a store holds.
 
     Attributes:
         contexts: Stored handles.
@@ -67,7 +67,7 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` or `discard` removed."""
+    """Counts and bytes of what `prune` or `discard` removed."""
 
     contexts: int = 0
     segments: int = 0
@@ -245,7 +245,7 @@ class ContextStore(ABC):
 
     @abstractmethod
     def stats(self) -> StoreStats:
-        """What the store holds."""
+        """Counts and bytes of what the store holds."""
 
     def close(self) -> None:  # noqa: B027  (most stores hold nothing open)
         """Release files and connections. Stored contexts stay."""
@@ -313,6 +313,6 @@ class ContextStore(ABC):
 
 
 def _traits(result: Context | ContextHandle) -> dict[str, Any]:
-    """What a span says of what was put or got."""
+    """A span's attributes for the context that was put or got."""
     handle = result if isinstance(result, ContextHandle) else result.to_handle()
     return {"avp.context.id": handle.id, "avp.context.positions": handle.tokens, "avp.context.bytes": handle.bytes}

@@ -1,4 +1,4 @@
-"""What a durable store needs of a folder or a server: named bytes of one namespace, and an order among writers.
+"""The backends of a durable store: named bytes of one namespace, and an order among its writers.
 
 Small blobs are named ``kind/id``: ``handles``, ``pins``, ``segments``, ``kv`` (what a payload holds and which it is)
 and ``payloads`` (its bytes, where another server keeps it).

@@ -79,7 +79,7 @@ class KvPart(Extent):
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """What parts of one cache have in common: each tensor's dtype, heads and head dimension."""
+        """Each tensor's dtype, heads and head dimension, the same in all parts of one cache."""
         return tuple((t.dtype, t.shape[0], t.shape[2]) for pair in self.kv.layers for t in pair)
 
 
@@ -166,7 +166,7 @@ def read_kv(
 
 
 def signature(status: os.stat_result) -> Signature:
-    """What tells a file from its replacement."""
+    """The signature that tells a file from its replacement."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

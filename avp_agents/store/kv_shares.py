@@ -32,7 +32,7 @@ class KvShares(ABC):
 
     @abstractmethod
     def extents(self, segment_ids: Sequence[str]) -> Mapping[str, Extent]:
-        """What those segments' shares hold, where they have one."""
+        """The positions that those segments' shares hold, where they have one."""
 
     @abstractmethod
     def stored_size(self, part: KvPart) -> int:
@@ -233,7 +233,7 @@ class MissingKv:
 
 
 def missing_kv(extents: Mapping[str, Extent], links: Iterable[Link], length: int) -> list[MissingKv]:
-    """What a cache of `length` positions would add to the shares along a lineage.
+    """The positions that a cache of `length` would add to the shares along a lineage.
 
     A share that is one position short of what it could hold stays: an answer's last token often has no KV yet, and the
     next segment's share takes it in.

@@ -25,7 +25,7 @@ from avp_agents.store.references import References, Removals, StoredHandle
 
 @dataclass(frozen=True)
 class Lacking:
-    """What a store has to write to hold a context's segments; those that are there keep their values.
+    """Records to write so that a context's segments are there; those that are keep their values.
 
     Attributes:
         absent: Those that are not there, encoded, by id.
@@ -66,7 +66,7 @@ class LineageRecords:
         return [found[segment_id] for segment_id in segment_ids] if len(found) == len(segment_ids) else None
 
     def lacking(self, context: Context, digests: Sequence[str], segment_ids: Sequence[str]) -> Lacking:
-        """What has to be written so that a context's segments are there.
+        """The records to write so that a context's segments are there.
 
         Args:
             context: What is to be stored.
@@ -153,7 +153,8 @@ class LineageRecords:
         """Remove what was decided on. Within `Blobs.removing`. No handle outlives its segments."""
         handles = [f"{kind}/{bare(handle_id)}" for handle_id in removals.handles for kind in ("pins", "handles")]
         segments = [name_of("segments", segment_id) for segment_id in removals.segments]
-        self._blobs.remove(handles + segments)
+        if handles or segments:
+            self._blobs.remove(handles + segments)
         if shares := {*removals.kv, *removals.segments}:
             self._kv.remove(shares)
         self._blobs.forget_uses([bare(handle_id) for handle_id in removals.handles])
@@ -181,7 +182,7 @@ class LineageRecords:
 def _lacking(
     stored: Mapping[str, SegmentRecord], context: Context, digests: Sequence[str], segment_ids: Sequence[str]
 ) -> dict[str, SegmentRecord]:
-    """What has to be written so that a context is there; what is there keeps its values.
+    """The records to write so that a context is there; those that are keep their values.
 
     Returns:
         Records by id, in order: of segments that are absent, and of the last one where that lacks the readout (and was

@@ -94,7 +94,7 @@ class MooncakePayloads(Payloads):
 
     @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
-        """What nothing comes to refer to, Mooncake evicts as the least recently used.
+        """A payload that nothing comes to refer to is evicted as the least recently used.
 
         Raises:
             StoreUnavailableError: Also where its memory is full of what was just used.

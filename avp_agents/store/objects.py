@@ -24,7 +24,7 @@ from avp_agents.store.record_store import RecordStore
 
 SCHEMES = ("s3", "gs", "az", "file")
 LEASE_SECONDS = 20.0
-"""What a killed process held is free once others have watched it unchanged for this long."""
+"""A killed process's lock is free once others have watched it unchanged for this long."""
 
 ABANDONED_SECONDS = 3600.0
 """A payload that nothing refers to after this long was left by a killed writer."""

@@ -290,7 +290,7 @@ class RecordStore(ContextStore):
     def _missing_kv(
         self, segment_ids: Sequence[str], digests: Sequence[str], dtype: str, length: int
     ) -> builtins.list[MissingKv]:
-        """What a cache of `length` positions would add, along the leading segments that hold the values it is of."""
+        """The positions that a cache of `length` would add, as far as what is stored has the values that it is of."""
         segments = self._lineages.read_lineage(segment_ids)
         if segments is None:
             return []

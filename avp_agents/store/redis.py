@@ -171,7 +171,7 @@ class RedisBlobs(Blobs, Payloads):
 
     @override
     def sizes(self, kind: Kind) -> dict[str, int]:
-        """What the server evicted by a policy of its own is not there."""
+        """Blobs that the server evicted by a policy of its own are not there."""
         with self._asking():
             ids = [member.decode() for member in cast("set[bytes]", self._client.smembers(self._key(kind)))]
             found: dict[str, int] = {}

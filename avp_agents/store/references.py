@@ -30,7 +30,7 @@ class StoredHandle:
 
 @dataclass
 class Removals:
-    """What is to be removed, in this order: handles, then segments with their KV-caches, then other KV-caches.
+    """Ids and bytes to be removed, in this order: handles, then segments with their KV-caches, then other KV-caches.
 
     Attributes:
         ends: The ends of lineages that are no segments.
@@ -52,7 +52,7 @@ _Handle = TypeVar("_Handle", bound=StoredHandle)
 
 
 class References(Generic[_Handle]):
-    """What a store holds at one moment, and what is decided to be removed of it.
+    """A store's handles, segments and KV-caches at one moment, and those that are decided to be removed.
 
     A segment is in use while a handle ends in it or another segment follows it.
 
@@ -211,7 +211,7 @@ class References(Generic[_Handle]):
     def stats(
         self, lookups: Lookups, *, byte_budget: int | None, evictions: int, integrity_failures: int = 0
     ) -> StoreStats:
-        """What the store holds, with what only it has counted."""
+        """Counts and bytes of what is left, with what only the store has counted."""
         hits, misses = lookups.counts()
         ends = len({handle.head for handle in self.handles.values()}) if self._ends else 0
         return StoreStats(
@@ -382,7 +382,7 @@ class ByteBudget:
         self._shrink(references, 0)
 
     def counted(self, references: References[StoredHandle], written: int = 0) -> None:
-        """What was decided on is removed; `written` bytes are about to be added."""
+        """Note that the removals are carried out, and that `written` bytes are about to be added."""
         self._known_bytes, self._written = references.total, written
 
     def _shrink(

@@ -111,7 +111,7 @@ class TieredStore(ContextStore):
 
     @override
     def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
-        """What only the lower tier has is promoted."""
+        """A context that only the lower tier has is promoted."""
         try:
             context = self._find(id_of_handle(handle), scope)
         except ContextLostError:
