@@ -236,6 +236,12 @@ def gathered(size: int, chunk: Callable[[int], bytes | None]) -> bytearray | Non
     return data
 
 
+def in_batches(items: Sequence[str], size: int = 1000) -> Iterator[Sequence[str]]:
+    """Items in runs of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 def redacted(url: str) -> str:
     """A URL as it may be shown: without user, password and query."""
     parts = urlsplit(url)

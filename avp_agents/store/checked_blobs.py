@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from avp_agents.errors import EncryptionKeyError, IntegrityError
 from avp_agents.store.blobs import Blobs, Kind
-from avp_agents.store.encryption import Encryption, is_sealed
+from avp_agents.store.encryption import Encryption, is_sealed, sealed_size
 from avp_agents.store.namespace import Namespace
 
 _Record = TypeVar("_Record")
@@ -62,6 +62,10 @@ class CheckedBlobs:
     def sealed(self, data: bytes, name: str) -> bytes:
         """A record's bytes as they are stored under a name."""
         return self.encryption.seal(data, name) if self.encryption is not None else data
+
+    def stored_size(self, size: int) -> int:
+        """Bytes that `size` bytes take as they are stored."""
+        return sealed_size(size) if self.encryption is not None else size
 
     def _opened(self, data: bytes, name: str) -> bytes:
         if self.encryption is not None:

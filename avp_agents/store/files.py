@@ -32,7 +32,7 @@ from typing_extensions import override
 from avp_agents.errors import IntegrityError, StoreError
 from avp_agents.store.blobs import Blobs, Kind
 from avp_agents.store.checked_blobs import CheckedBlobs
-from avp_agents.store.kv_file import KvPart, Signature, kv_bytes, read_kv, signature, write_kv
+from avp_agents.store.kv_file import KvPart, Signature, read_kv, signature, write_kv
 from avp_agents.store.kv_shares import KvShares
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.record_store import RecordStore
@@ -241,10 +241,6 @@ class KvFiles(KvShares):
     def extents(self, segment_ids: Sequence[str]) -> dict[str, KvPart]:
         """Mapping a file reads no more than its header, if its MAC was checked before."""
         return {own: part for own in segment_ids if (part := self._read(own)) is not None}
-
-    @override
-    def stored_size(self, part: KvPart) -> int:
-        return kv_bytes(part)
 
     @override
     @_file_errors()

@@ -20,7 +20,6 @@ from avp_agents.errors import IntegrityError, StoreUnavailableError
 from avp_agents.kv_cache import HostKv
 from avp_agents.store.blobs import Payloads
 from avp_agents.store.checked_blobs import CheckedBlobs, name_of
-from avp_agents.store.encryption import sealed_size
 from avp_agents.store.kv_file import Extent, KvPart, join, kv_bytes, kv_chunks, parse_kv
 from avp_agents.store.records import KvRecord, decode_kv_record, encode_kv_record, payload_bytes
 
@@ -33,10 +32,6 @@ class KvShares(ABC):
     @abstractmethod
     def extents(self, segment_ids: Sequence[str]) -> Mapping[str, Extent]:
         """The positions that those segments' shares hold, where they have one."""
-
-    @abstractmethod
-    def stored_size(self, part: KvPart) -> int:
-        """Bytes that a share will take."""
 
     @abstractmethod
     def write(self, parts: Mapping[str, KvPart]) -> None:
@@ -76,11 +71,6 @@ class PayloadShares(KvShares):
         return {own: _StoredShare(r.start, r.stop, r.content, own, r, self) for own, r in found.items()}
 
     @override
-    def stored_size(self, part: KvPart) -> int:
-        size = kv_bytes(part)
-        return sealed_size(size) if self._records.encryption is not None else size
-
-    @override
     def write(self, parts: Mapping[str, KvPart]) -> None:
         written = {segment_id: self._write_payload(segment_id, part) for segment_id, part in parts.items()}
         with self._records.blobs.writing():
@@ -98,7 +88,7 @@ class PayloadShares(KvShares):
 
     @override
     def sizes(self) -> dict[str, int]:
-        sizes = dict.fromkeys(self._records.blobs.sizes("kv"), 0)
+        sizes = dict.fromkeys(self._records.blobs.ids("kv"), 0)
         for payload, size in self._payloads.payload_sizes().items():
             segment_id = _segment_of(payload)
             sizes[segment_id] = sizes.get(segment_id, 0) + size
@@ -112,7 +102,7 @@ class PayloadShares(KvShares):
 
     @override
     def remove_abandoned(self) -> None:
-        shares = self.extents(list(self._records.blobs.sizes("kv")))
+        shares = self.extents(self._records.blobs.ids("kv"))
         self._payloads.remove_abandoned({share.record.payload for share in shares.values()})
 
     @override
@@ -139,11 +129,11 @@ class PayloadShares(KvShares):
 
     def _write_payload(self, segment_id: str, part: KvPart) -> KvRecord:
         """Write a share's bytes, to which nothing refers yet."""
-        name = f"{segment_id}-{secrets.token_hex(8)}"
-        record = KvRecord(part.start, part.stop, part.content, name, self.stored_size(part))
+        name, size = f"{segment_id}-{secrets.token_hex(8)}", kv_bytes(part)
+        record = KvRecord(part.start, part.stop, part.content, name, self._records.stored_size(size))
         chunks = kv_chunks(part, segment_id, self._records.namespace)
         if self._records.encryption is not None:
-            chunks = self._records.encryption.seal_chunks(chunks, kv_bytes(part), name)
+            chunks = self._records.encryption.seal_chunks(chunks, size, name)
         self._payloads.write_payload(name, record.size, chunks)
         return record
 

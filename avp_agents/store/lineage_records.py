@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from avp_agents.context import Context, Segment
+from avp_agents.store.blobs import in_batches
 from avp_agents.store.checked_blobs import HANDLE_PREFIX, CheckedBlobs, bare, name_of
 from avp_agents.store.kv_shares import KvShares, content_digests
 from avp_agents.store.records import (
@@ -169,8 +170,11 @@ class LineageRecords:
 
     def _torn(self, segment_ids: Mapping[str, int]) -> set[str]:
         """Those of the segments that cannot be read."""
-        found, torn = self._records.read("segments", list(segment_ids.keys() - self._authentic), decode_segment)
-        self._authentic |= found.keys()
+        torn: set[str] = set()
+        for some in in_batches(list(segment_ids.keys() - self._authentic), 64):
+            found, unreadable = self._records.read("segments", some, decode_segment)
+            self._authentic |= found.keys()
+            torn |= unreadable
         return torn
 
     def _encoded_handle(self, record: HandleRecord) -> tuple[str, bytes]:

@@ -88,7 +88,6 @@ class MooncakePayloads(Payloads):
 
     @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
-
         keys = self._keys(name, size)
         return self._client.call(lambda store: gathered(size, lambda index: store.get(keys[index])))
 

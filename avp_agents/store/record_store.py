@@ -17,7 +17,7 @@ from avp_agents.errors import ConfigurationError, ContextLostError, KvMemoryErro
 from avp_agents.handle import ContextHandle
 from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
 from avp_agents.store.checked_blobs import CheckedBlobs
-from avp_agents.store.kv_file import KvPart, check_layers
+from avp_agents.store.kv_file import KvPart, check_layers, kv_bytes
 from avp_agents.store.kv_shares import KvShares, MissingKv, content_digests, links_of, missing_kv, read_kv
 from avp_agents.store.lineage_records import LineageRecords
 from avp_agents.store.records import HandleRecord
@@ -281,7 +281,7 @@ class RecordStore(ContextStore):
             )
             for part in missing
         }
-        size = sum(self._kv.stored_size(part) for part in parts.values())
+        size = sum(self.records.stored_size(kv_bytes(part)) for part in parts.values())
         if not self._make_room(size, segment_ids, kv_only=True):
             log.info("A KV-cache of %d bytes was not kept: the budget of %s is taken.", size, self.byte_budget)
             return

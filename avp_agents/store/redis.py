@@ -20,6 +20,7 @@ from avp_agents.store.blobs import (
     Payloads,
     Reachability,
     gathered,
+    in_batches,
     rechunked,
     redacted,
     renewed,
@@ -175,7 +176,7 @@ class RedisBlobs(Blobs, Payloads):
         with self._asking():
             ids = [member.decode() for member in cast("set[bytes]", self._client.smembers(self._key(kind)))]
             found: dict[str, int] = {}
-            for some in _in_batches(ids):
+            for some in in_batches(ids):
                 pipe = self._client.pipeline(transaction=False)
                 for own_id in some:
                     pipe.strlen(self._key(f"{kind}/{own_id}"))
@@ -306,9 +307,3 @@ class RedisBlobs(Blobs, Payloads):
             raise StoreUnavailableError(lost) from error
         finally:
             pipe.reset()
-
-
-def _in_batches(items: list[str], size: int = 1000) -> Iterator[list[str]]:
-    """Items in lists of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
