@@ -120,14 +120,21 @@ def kv_bytes(part: KvPart) -> int:
     return len(_header(part)) + part.kv.nbytes
 
 
-def parse_kv(data: bytearray, segment_id: str, namespace: Namespace) -> KvPart:
+def parse_kv(data: mmap.mmap | bytearray, segment_id: str, namespace: Namespace, *, trusted: bool = False) -> KvPart:
     """The part that `data` holds, as views of it.
+
+    Args:
+        data: The bytes.
+        segment_id: Whose part it must be.
+        namespace: Whose key its MAC must be made with.
+        trusted: Leave out the MAC, which was checked before.
 
     Raises:
         IntegrityError: The bytes are torn, altered, or another segment's.
     """
     start = _tensors_start(data)
-    _check_mac(data, segment_id, namespace)
+    if not trusted:
+        _check_mac(data, segment_id, namespace)
     return _parse(json.loads(bytes(data[_LENGTH_BYTES:start])), data, start)
 
 
@@ -138,8 +145,7 @@ def read_kv(
 
     Args:
         path: The file.
-        segment_id: Whose part it must be.
-        namespace: Whose key its MAC must be made with.
+        segment_id, namespace: As for `parse_kv`.
         trusted: Signature of a file whose MAC this process has checked; the same file is not read through again.
 
     Returns:
@@ -158,11 +164,8 @@ def read_kv(
             mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
         except ValueError as error:
             raise IntegrityError("shrank while it was opened") from error
-    start = _tensors_start(mapped)
     found = signature(status)
-    if found != trusted:
-        _check_mac(mapped, segment_id, namespace)
-    return _parse(json.loads(mapped[_LENGTH_BYTES:start]), mapped, start), found
+    return parse_kv(mapped, segment_id, namespace, trusted=found == trusted), found
 
 
 def signature(status: os.stat_result) -> Signature:
