@@ -15,14 +15,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from avp_agents.context import Context
 from avp_agents.handle import ContextHandle
 from avp_agents.store.namespace import Namespace
 from avp_agents.tracing import traced
+
+_Store = TypeVar("_Store", bound="ContextStore")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 AnyHandle = ContextHandle | Mapping[str, Any] | str
 """A handle as the code has it, as graph state has it, or its bare id."""
@@ -92,6 +97,20 @@ class Lookups:
         """Hits and misses so far."""
         with self._lock:
             return self._hits, self._misses
+
+
+def _in_thread(
+    verb: Callable[Concatenate[_Store, _Parameters], _Result],
+) -> Callable[Concatenate[_Store, _Parameters], Coroutine[Any, Any, _Result]]:
+    """A verb's asynchronous twin: the same on a thread, so that the event loop goes on."""
+
+    @wraps(verb)
+    async def twin(store: _Store, *arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        return await asyncio.to_thread(getattr(store, verb.__name__), *arguments, **options)
+
+    twin.__name__, twin.__doc__ = f"a{verb.__name__}", f"Asynchronous `{verb.__name__}`."
+    vars(twin).pop("__isabstractmethod__", None)
+    return twin
 
 
 class ContextStore(ABC):
@@ -250,66 +269,20 @@ class ContextStore(ABC):
     def close(self) -> None:  # noqa: B027  (most stores hold nothing open)
         """Release files and connections. Stored contexts stay."""
 
-    async def aput(
-        self,
-        context: Context,
-        *,
-        kv: bool = True,
-        scope: str = "",
-        agent: str = "",
-        text: str = "",
-        ttl: float | None = None,
-    ) -> ContextHandle:
-        """Asynchronous `put`."""
-        return await asyncio.to_thread(self.put, context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
-
-    async def aget(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
-        """Asynchronous `get`."""
-        return await asyncio.to_thread(self.get, handle, scope=scope)
-
-    async def acontains(self, handle: AnyHandle) -> bool:
-        """Asynchronous `contains`."""
-        return await asyncio.to_thread(self.contains, handle)
-
-    async def atouch(self, handle: AnyHandle) -> bool:
-        """Asynchronous `touch`."""
-        return await asyncio.to_thread(self.touch, handle)
-
-    async def adelete(self, handle: AnyHandle) -> bool:
-        """Asynchronous `delete`."""
-        return await asyncio.to_thread(self.delete, handle)
-
-    async def adiscard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
-        """Asynchronous `discard`."""
-        return await asyncio.to_thread(self.discard, handles, idle=idle, dry_run=dry_run)
-
-    async def aadd_kv(self, context: Context) -> bool:
-        """Asynchronous `add_kv`."""
-        return await asyncio.to_thread(self.add_kv, context)
-
-    async def adrop_kv(self, handle: AnyHandle) -> int:
-        """Asynchronous `drop_kv`."""
-        return await asyncio.to_thread(self.drop_kv, handle)
-
-    async def apin(self, handle: AnyHandle) -> None:
-        """Asynchronous `pin`."""
-        await asyncio.to_thread(self.pin, handle)
-
-    async def aunpin(self, handle: AnyHandle) -> None:
-        """Asynchronous `unpin`."""
-        await asyncio.to_thread(self.unpin, handle)
-
-    async def alist(self, *, scope: str | None = None) -> list[ContextHandle]:
-        """Asynchronous `list`."""
-        return await asyncio.to_thread(self.list, scope=scope)
-
-    async def aprune(self) -> PruneReport:
-        """Asynchronous `prune`."""
-        return await asyncio.to_thread(self.prune)
-
-    async def astats(self) -> StoreStats:
-        """Asynchronous `stats`."""
-        return await asyncio.to_thread(self.stats)
+    # what overrides a verb is what its twin calls
+    aput = _in_thread(put)
+    aget = _in_thread(get)
+    acontains = _in_thread(contains)
+    atouch = _in_thread(touch)
+    adelete = _in_thread(delete)
+    adiscard = _in_thread(discard)
+    aadd_kv = _in_thread(add_kv)
+    adrop_kv = _in_thread(drop_kv)
+    apin = _in_thread(pin)
+    aunpin = _in_thread(unpin)
+    alist = _in_thread(list)
+    aprune = _in_thread(prune)
+    astats = _in_thread(stats)
 
 
 def _traits(result: Context | ContextHandle) -> dict[str, Any]:
