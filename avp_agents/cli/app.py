@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 import avp_agents
-from avp_agents.cli.bench import bench
-from avp_agents.cli.chain import bench_chain
 from avp_agents.cli.console import print_error
 from avp_agents.cli.demo import demo
 from avp_agents.cli.doctor import doctor
-from avp_agents.cli.handoff import bench_handoff
 from avp_agents.cli.inspect import inspect
-from avp_agents.cli.quality import bench_quality, report
-from avp_agents.cli.reference import bench_reference
 from avp_agents.cli.serve import add_token, serve
 from avp_agents.cli.size import size
-from avp_agents.cli.soak import bench_soak
-from avp_agents.cli.throughput import bench_throughput
-from avp_agents.errors import AvpError
+from avp_agents.errors import AvpError, ConfigurationError
+
+COMMANDS = "avp_agents.commands"
+"""The entry point group of commands that are not the core's own."""
 
 
 class _CommandGroup(TyperGroup):
@@ -36,28 +33,38 @@ class _CommandGroup(TyperGroup):
             raise typer.Exit(code=1) from error
 
 
-app = typer.Typer(
-    name="avp-agents",
-    cls=_CommandGroup,
-    help="LLM agents hand over their computation instead of text.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
-app.command()(demo)
-app.command()(doctor)
-app.command()(inspect)
-app.command()(serve)
-app.command("add-token")(add_token)
-app.command()(report)
-app.command()(size)
-bench.command("chain")(bench_chain)
-bench.command("handoff")(bench_handoff)
-bench.command("quality")(bench_quality)
-bench.command("reference")(bench_reference)
-bench.command("soak")(bench_soak)
-bench.command("throughput")(bench_throughput)
-app.add_typer(bench, name="bench")
+def make_app() -> typer.Typer:
+    """The application with the core's own commands, and those that installed packages register."""
+    app = typer.Typer(
+        name="avp-agents",
+        cls=_CommandGroup,
+        help="LLM agents hand over their computation instead of text.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_show_locals=False,
+    )
+    app.callback()(_main)
+    app.command()(demo)
+    app.command()(doctor)
+    app.command()(inspect)
+    app.command()(serve)
+    app.command("add-token")(add_token)
+    app.command()(size)
+    installed = {entry.name: entry for entry in entry_points(group=COMMANDS)}
+    for name, entry in installed.items():
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    if "bench" not in installed:
+        app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_no_bench)
+    return app
+
+
+def _no_bench() -> None:
+    """Measure on the machine at hand."""
+    raise ConfigurationError('The benches are not installed. Install them with: pip install "avp-agents[evals]"')
 
 
 def _print_version(asked: bool) -> None:
@@ -66,10 +73,12 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _main(
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     """LLM agents hand over their computation instead of text."""
+
+
+app = make_app()
