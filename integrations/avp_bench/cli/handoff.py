@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from avp_agents.cli.console import print_json, progress_console, result_console
+from avp_agents.cli.console import print_json, result_console
+from avp_bench.cli.options import Device, Dtype, Model, figures_table, measuring, open_engine, server_options
 
 
 def bench_handoff(
-    model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: an accelerator if there is one.")] = None,
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
     questions: Annotated[int | None, typer.Option(min=1, help="How many, from the first. Default: all.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Handovers per mode and speed of the link.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Hand over between two processes in every mode, on links of several speeds; what does the handshake choose?"""
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        progress_console().status("Importing torch and transformers") as status,
-    ):
-        from avp_agents.engine.latent_engine import LatentEngine
+    with measuring() as report:
         from avp_agents.models import resolve_model
-        from avp_agents.store import MemoryStore
         from avp_bench.handoff import HandoffBench, read_questions
         from avp_bench.served_model import served_model
 
         items, folder = read_questions(questions), resolve_model(model)
-        status.update("Starting the server")
-        options = ["--dtype", dtype, *(["--device", device] if device is not None else [])]
+        report("Starting the server")
         with (
-            served_model(folder, *options) as server,
-            LatentEngine.from_pretrained(folder, dtype=dtype, device=device, store=MemoryStore()) as solver,
+            served_model(folder, *server_options(dtype, device)) as server,
+            open_engine(folder, dtype, device) as solver,
         ):
-            result = HandoffBench(solver, server, items, status.update).run(repeats)
+            result = HandoffBench(solver, server, items, report).run(repeats)
     if as_json:
         print_json(result)
     else:
@@ -48,11 +40,9 @@ def bench_handoff(
 def _show(result: dict[str, Any]) -> None:
     console, count = result_console(), result["questions"]
     console.print("  ".join(f"[bold]{key}[/] {value}" for key, value in result["machine"].items()))
-    table = Table(
-        "mode", title=f"{count} prompts of {result['prompt_tokens']:.0f} tokens, {result['steps']} latent steps"
-    )
-    for column in ("bytes", "moved after", "first token after", "right", "as in one process"):
-        table.add_column(column, justify="right")
+    title = f"{count} prompts of {result['prompt_tokens']:.0f} tokens, {result['steps']} latent steps"
+    columns = ("bytes", "moved after", "first token after", "right", "as in one process")
+    table = figures_table("mode", *columns, title=title)
     for row in result["modes"]:
         table.add_row(
             row["mode"], f"{row['bytes']:,.0f}", f"{row['moved_ms']:,.0f} ms", f"{row['ready_ms']:,.0f} ms",

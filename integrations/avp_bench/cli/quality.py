@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich import box
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from avp_agents.cli.console import print_json, progress_console, result_console
 from avp_agents.errors import ConfigurationError
+from avp_bench.cli.options import Dtype, Model, Problems, counting
 
 if TYPE_CHECKING:
     from avp_agents.engine.latent_engine import LatentEngine
@@ -28,7 +28,7 @@ VARIED = "Options that vary (several values make an arm each)"
 
 def bench_quality(
     task: Annotated[str, typer.Argument(help="humaneval, gsm8k, math, debugbench, hotpotqa or comprehension.")],
-    model: Annotated[str | None, typer.Option(help="Name or folder. Default: SmolLM2-135M-Instruct.")] = None,
+    model: Model = None,
     source: Annotated[str | None, typer.Option(help="The researchers' model in cross-model modes.")] = None,
     modes: Annotated[
         str,
@@ -36,7 +36,7 @@ def bench_quality(
     ] = "direct,latent,text,prefill,shuffled",
     team: Annotated[str, typer.Option(help="pair, chain, fan-in; several make arms of each mode in each.")] = "pair",
     data: Annotated[Path | None, typer.Option(help="A local copy of the task, as JSON lines.")] = None,
-    problems: Annotated[int | None, typer.Option(min=1, help="How many problems, from the first.")] = None,
+    problems: Problems = None,
     seeds: Annotated[str, typer.Option(help="Several need a temperature.")] = "0",
     temperature: Annotated[float, typer.Option(min=0, help="Of everything that is decoded.")] = 0.0,
     steps: Annotated[str, typer.Option(help="Latent steps, e.g. 20,0,5,10,40,80.", rich_help_panel=VARIED)] = "20",
@@ -58,7 +58,7 @@ def bench_quality(
     strategy: Annotated[
         str, typer.Option(help="How fan-in's researchers are joined: replay, splice, text.", rich_help_panel=VARIED)
     ] = "replay",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Answers worked on at once; 1 to compare seconds.")] = 32,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; a run that is there is resumed.")] = None,
@@ -85,10 +85,10 @@ def bench_quality(
             "method": _choices(method, {"auto": None, "soft": "soft", "ridge": "ridge", "rescale": "rescale"}),
             "renormalise": _choices(renormalise, {"auto": None, "yes": True, "no": False}),
             "latent_temperature": _numbers(latent_temperature, float),
-            "turn": _choices(turn, {"new": "new", "same": "same"}),
-            "kv": _choices(kv, {"exact": "exact", "int8": "int8"}),
-            "projected": _choices(projected, {"both": "both", "vector": "vector", "text": "text"}),
-            "strategy": _choices(strategy, {"replay": "replay", "splice": "splice", "text": "text"}),
+            "turn": _choices(turn, ["new", "same"]),
+            "kv": _choices(kv, ["exact", "int8"]),
+            "projected": _choices(projected, ["both", "vector", "text"]),
+            "strategy": _choices(strategy, ["replay", "splice", "text"]),
         }
         arms = arms_named(_names(modes), _names(team), options)
         if chosen.runs_code and not unsafe:
@@ -107,13 +107,9 @@ def bench_quality(
         plan = Plan(arms, items, _numbers(seeds, int), about)
         folder = RunFolder(out or Path("runs", f"{task}-{'-'.join(_names(team))}-{engine.fingerprint[:8]}"), plan)
         bench = Bench(engine, chosen, temperature, other)
-        with _progress() as progress:
-            bar = progress.add_task(task)
-            run(
-                bench, plan, folder,
-                run_program=unprotected if unsafe else sandboxed, concurrency=concurrency,
-                report=lambda done, of: progress.update(bar, completed=done, total=of),
-            )  # fmt: skip
+        with counting(task) as report:
+            run_program = unprotected if unsafe else sandboxed
+            run(bench, plan, folder, run_program=run_program, concurrency=concurrency, report=report)
         summary = summarise(folder.path)
     if as_json:
         print_json(summary.to_json())
@@ -154,18 +150,14 @@ def _numbers(text: str, kind: Callable[[str], N]) -> list[N]:
     return numbers
 
 
-def _choices(text: str, values: dict[str, Any]) -> list[Any]:
-    names = _names(text)
+def _choices(text: str, allowed: Sequence[str] | dict[str, Any]) -> list[Any]:
+    """What the names stand for; by default themselves."""
+    names, values = _names(text), allowed if isinstance(allowed, dict) else {name: name for name in allowed}
     if unknown := [name for name in names if name not in values]:
         raise ConfigurationError(f"{unknown[0]!r} is none of {', '.join(values)}.")
     if not names:
         raise ConfigurationError(f"Choose from {', '.join(values)}.")
     return [values[name] for name in names]
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=progress_console())
 
 
 def _show(summary: Summary) -> None:

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from avp_agents.cli.console import print_json, progress_console, result_console
+from avp_agents.cli.console import print_json, result_console
+from avp_bench.cli.options import Dtype, Problems, counting
 
 
 def bench_reference(
     run: Annotated[Path, typer.Argument(help="Folder of a run of `bench quality humaneval` with the mode direct.")],
     model: Annotated[str | None, typer.Option(help="The run's model. Default: SmolLM2-135M-Instruct.")] = None,
     data: Annotated[Path | None, typer.Option(help="The file that the run was given with --data.")] = None,
-    problems: Annotated[int | None, typer.Option(min=1, help="How many problems, from the first.")] = None,
+    problems: Problems = None,
     batch: Annotated[int, typer.Option(min=1, help="Problems that are answered at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
@@ -30,13 +30,9 @@ def bench_reference(
         from avp_bench.sandbox import check_sandbox, sandboxed
 
         check_sandbox()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=progress_console()) as progress:
-            bar = progress.add_task("transformers")
-            opinion = second_opinion(
-                run, data, transformers_generate(resolve_model(model), dtype, device), sandboxed,
-                lambda done, of: progress.update(bar, completed=done, total=of), batch=batch, count=problems,
-            )  # fmt: skip
+        generate = transformers_generate(resolve_model(model), dtype, device)
+        with counting("transformers") as report:
+            opinion = second_opinion(run, data, generate, sandboxed, report, batch=batch, count=problems)
     if as_json:
         print_json(opinion.to_json())
         return

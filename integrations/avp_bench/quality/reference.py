@@ -123,19 +123,13 @@ def passes_human_eval(item: Item, answer: str, run_program: RunProgram) -> bool:
 def transformers_generate(name_or_path: str, dtype: str, device: str) -> Generate:
     """Greedy `model.generate` of a model as transformers loads it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, dtype))
-    model = model.to(device).eval()
+    from avp_bench.peers import load_with_transformers, padded_batch
+
+    model, tokenizer = load_with_transformers(name_or_path, getattr(torch, dtype), torch.device(device))
 
     def generate(prompts: Sequence[str], max_tokens: int) -> list[str]:
-        encoded = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": prompt}] for prompt in prompts],
-            add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
-        ).to(device)  # fmt: skip
+        encoded = padded_batch(tokenizer, prompts).to(device)
         made = model.generate(
             **encoded, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
             repetition_penalty=1.0,

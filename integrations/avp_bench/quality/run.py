@@ -36,8 +36,25 @@ def run(
         ConfigurationError: Another process works on the run, or the plan makes no sense.
     """
     _check(plan, bench)
-    with folder.ours():
-        _answer_all(bench, plan, folder, run_program, concurrency, report)
+    arms = {arm.name: arm for arm in plan.arms}
+    positions = {item.id: index for index, item in enumerate(plan.items)}
+
+    def answer(key: Key) -> None:
+        name, item_id, seed = key
+        index = positions[item_id]
+        item, other = plan.items[index], plan.items[(index + 1) % len(plan.items)]
+        made = bench.answer(arms[name], item, other, _seed_of(seed, index))
+        right = bench.task.right(item, made.text, run_program)
+        folder.add(*_rows(key, made, right))
+
+    with folder.ours(), ThreadPoolExecutor(concurrency) as pool:
+        done = folder.done()
+        todo = [key for key in plan.in_order() if key not in done]
+        report(len(done), len(done) + len(todo))
+        for finished, future in enumerate(_in_flight(pool, answer, todo, 2 * concurrency), len(done) + 1):
+            future.result()
+            report(finished, len(done) + len(todo))
+        folder.finish()
 
 
 def _check(plan: Plan, bench: Bench) -> None:
@@ -49,37 +66,6 @@ def _check(plan: Plan, bench: Bench) -> None:
         raise ConfigurationError(f"The arm {crossing[0]} needs a second model: pass --source.")
     if len({item.id for item in plan.items}) < len(plan.items):
         raise ConfigurationError("Two problems have the same id; results could not be told apart.")
-
-
-def _answer_all(
-    bench: Bench,
-    plan: Plan,
-    folder: RunFolder,
-    run_program: RunProgram,
-    concurrency: int,
-    report: Callable[[int, int], None],
-) -> None:
-    done = folder.done()
-    arms = {arm.name: arm for arm in plan.arms}
-    positions = {item.id: index for index, item in enumerate(plan.items)}
-    todo = [key for key in plan.in_order() if key not in done]
-    finished = len(done)
-    report(finished, finished + len(todo))
-
-    def answer(key: Key) -> None:
-        name, item_id, seed = key
-        index = positions[item_id]
-        item, other = plan.items[index], plan.items[(index + 1) % len(plan.items)]
-        made = bench.answer(arms[name], item, other, _seed_of(seed, index))
-        right = bench.task.right(item, made.text, run_program)
-        folder.add(*_rows(key, made, right))
-
-    with ThreadPoolExecutor(concurrency) as pool:
-        for future in _in_flight(pool, answer, todo, 2 * concurrency):
-            future.result()
-            finished += 1
-            report(finished, len(done) + len(todo))
-    folder.finish()
 
 
 def _in_flight(
