@@ -49,7 +49,7 @@ _ASK = "{question} Answer with one or two words."
 
 
 @dataclass(frozen=True)
-class Item:
+class Passage:
     """One paragraph with a question and the answers that count as right."""
 
     paragraph: str
@@ -62,14 +62,14 @@ class Item:
         return any(f" {_words(right)} " in said for right in self.answers)
 
 
-def read_items(count: int | None = None) -> list[Item]:
+def read_items(count: int | None = None) -> list[Passage]:
     """The package's paragraphs, or the first `count` of them.
 
     Raises:
         ConfigurationError: There are not so many, or fewer than two are asked for.
     """
     lines = files("avp_bench").joinpath("data/comprehension.jsonl").read_text(encoding="utf-8").splitlines()
-    items = [Item(row["paragraph"], row["question"], tuple(row["answers"])) for row in map(json.loads, lines)]
+    items = [Passage(row["paragraph"], row["question"], tuple(row["answers"])) for row in map(json.loads, lines)]
     if count is not None and not 2 <= count <= len(items):
         raise ConfigurationError(
             f"There are {len(items)} paragraphs, and an arm needs another one: take 2 to {len(items)}."
@@ -96,7 +96,7 @@ class Comprehension:
     """
 
     def __init__(
-        self, source: LatentEngine, target: LatentEngine, items: Sequence[Item], report: Callable[[str], None]
+        self, source: LatentEngine, target: LatentEngine, items: Sequence[Passage], report: Callable[[str], None]
     ) -> None:
         self._source, self._target, self._items, self._report = source, target, items, report
 
@@ -144,7 +144,7 @@ class Comprehension:
             "answers": answers,
         }
 
-    def _listen(self, item: Item) -> Said:
+    def _listen(self, item: Passage) -> Said:
         """What the source thinks and says about an item."""
         prompt = _READ.format(paragraph=item.paragraph, question=item.question)
         context = self._source.think(prompt, steps=STEPS)

@@ -31,11 +31,11 @@ from avp_agents.protocol.handshake import MODES, CrossingMode
 from avp_agents.transport import RemoteEngine
 from avp_agents.transport.client import hand_over
 from avp_agents.transport.client.remote_context import RemoteContext
-from avp_bench.comprehension import Item
+from avp_bench.comprehension import Passage
 from avp_bench.engine_bench import machine
 from avp_bench.handoff_crossover import Crossover, find_crossover
 from avp_bench.handoff_link import limited_link
-from avp_bench.served_model import ServedModel
+from avp_bench.served_model import ModelServer
 
 STEPS = 20
 ANSWER_TOKENS = 24
@@ -45,7 +45,7 @@ SLOW_BYTES_PER_SECOND = 10e6 / 8
 
 
 @dataclass(frozen=True)
-class Handover:
+class TimedHandover:
     """One handover, and the answer on top of it.
 
     Attributes:
@@ -64,16 +64,16 @@ class Handover:
 
 
 @dataclass(frozen=True)
-class Thought:
+class ServedThought:
     """What the researcher has for one question, on the server, and what it answers itself."""
 
-    item: Item
+    item: Passage
     context: RemoteContext
     answer: str
 
 
 @dataclass(frozen=True)
-class Row:
+class ModeFigures:
     """One mode over all questions: medians, and counts of answers.
 
     Attributes:
@@ -93,22 +93,22 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Choice:
+class LinkChoice:
     """What the handshake chose by itself on one link."""
 
     link: str
     bits_per_second: float
-    done: Handover
+    done: TimedHandover
 
 
-def read_questions(count: int | None = None) -> list[Item]:
+def read_questions(count: int | None = None) -> list[Passage]:
     """The report with its questions, or the first `count` of them.
 
     Raises:
         ConfigurationError: There are not so many.
     """
     data = json.loads(files("avp_bench").joinpath("data/lighthouse.json").read_text(encoding="utf-8"))
-    items = [Item(data["report"], asked["question"], tuple(asked["answers"])) for asked in data["questions"]]
+    items = [Passage(data["report"], asked["question"], tuple(asked["answers"])) for asked in data["questions"]]
     if count is not None and not 1 <= count <= len(items):
         raise ConfigurationError(f"There are {len(items)} questions, so take 1 to {len(items)}.")
     return items[:count]
@@ -125,7 +125,7 @@ class HandoffBench:
     """
 
     def __init__(
-        self, solver: LatentEngine, server: ServedModel, items: Sequence[Item], report: Callable[[str], None]
+        self, solver: LatentEngine, server: ModelServer, items: Sequence[Passage], report: Callable[[str], None]
     ) -> None:
         self._solver, self._server, self._items, self._report = solver, server, items, report
 
@@ -159,8 +159,8 @@ class HandoffBench:
         }
 
     def hand_over(
-        self, source: RemoteEngine, thought: Thought, mode: CrossingMode | None, *, tokens: int = ANSWER_TOKENS
-    ) -> Handover:
+        self, source: RemoteEngine, thought: ServedThought, mode: CrossingMode | None, *, tokens: int = ANSWER_TOKENS
+    ) -> TimedHandover:
         """Hand a thought over and have the solver answer.
 
         Args:
@@ -181,26 +181,26 @@ class HandoffBench:
         handoff = context.handoff
         assert handoff is not None, "what was handed over says how"
         moved_ms, ready_ms = 1e3 * (moved - started), 1e3 * (ready - started)
-        return Handover(handoff.mode, handoff.bytes, moved_ms, ready_ms, answer.text)
+        return TimedHandover(handoff.mode, handoff.bytes, moved_ms, ready_ms, answer.text)
 
-    def _think(self, source: RemoteEngine, item: Item) -> Thought:
+    def _think(self, source: RemoteEngine, item: Passage) -> ServedThought:
         """Have the researcher read the report and think about a question."""
         self._report(f"The researcher reads and thinks: {item.question}")
         context = source.think(f"Read this report.\n\n{item.paragraph}\n\n{item.question}", steps=STEPS)
         answer = source.generate(item.question, context=context, max_tokens=ANSWER_TOKENS)
-        return Thought(item, context, answer.text)
+        return ServedThought(item, context, answer.text)
 
-    def _warm_up(self, source: RemoteEngine, thought: Thought) -> None:
+    def _warm_up(self, source: RemoteEngine, thought: ServedThought) -> None:
         """What is made once is made before anything is timed."""
         for mode in (*MODES, None):
             self.hand_over(source, thought, mode)
 
-    def _mode(self, source: RemoteEngine, thoughts: Sequence[Thought], mode: CrossingMode) -> Row:
+    def _mode(self, source: RemoteEngine, thoughts: Sequence[ServedThought], mode: CrossingMode) -> ModeFigures:
         """One mode on the loopback."""
         self._report(f"Handing {len(thoughts)} thoughts over: {mode}")
         return _row(mode, thoughts, [self.hand_over(source, thought, mode) for thought in thoughts])
 
-    def _choose(self, name: str, bytes_per_second: float | None, thought: Thought) -> Choice:
+    def _choose(self, name: str, bytes_per_second: float | None, thought: ServedThought) -> LinkChoice:
         """Let the handshake choose on a link that it has not met before."""
         self._report(f"The handshake chooses: {name}")
         with ExitStack() as opened:
@@ -208,9 +208,9 @@ class HandoffBench:
             if bytes_per_second is not None:
                 url = opened.enter_context(limited_link(url, bytes_per_second))
             source = opened.enter_context(RemoteEngine(url, token=self._server.token))
-            return Choice(name, 8 * source.link().bytes_per_second, self.hand_over(source, thought, None, tokens=1))
+            return LinkChoice(name, 8 * source.link().bytes_per_second, self.hand_over(source, thought, None, tokens=1))
 
-    def _crossover(self, thought: Thought, repeats: int) -> Crossover | None:
+    def _crossover(self, thought: ServedThought, repeats: int) -> Crossover | None:
         """Where moving the KV-cache and rebuilding it take equally long, and where the handshake switches."""
 
         def seconds(bytes_per_second: float, mode: CrossingMode) -> float:
@@ -228,9 +228,9 @@ class HandoffBench:
         return find_crossover(seconds, chosen, slowest=SLOW_BYTES_PER_SECOND, repeats=repeats)
 
 
-def _row(mode: str, thoughts: Sequence[Thought], done: Sequence[Handover]) -> Row:
+def _row(mode: str, thoughts: Sequence[ServedThought], done: Sequence[TimedHandover]) -> ModeFigures:
     pairs = list(zip(thoughts, done, strict=True))
-    return Row(
+    return ModeFigures(
         mode=mode,
         done=", ".join(sorted({one.mode for one in done})),
         right=sum(thought.item.is_right(one.answer) for thought, one in pairs),

@@ -25,7 +25,7 @@ _COMMAND = "from avp_agents.cli import app; app()"
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ModelServer:
     """A server that runs.
 
     Attributes:
@@ -40,7 +40,7 @@ class ServedModel:
 
 
 @contextmanager
-def served_model(folder: str, *options: str) -> Iterator[ServedModel]:
+def served_model(folder: str, *options: str) -> Iterator[ModelServer]:
     """Serve a model while this is open. What the server stores lies in a temporary folder.
 
     Args:
@@ -61,7 +61,7 @@ def served_model(folder: str, *options: str) -> Iterator[ServedModel]:
             )  # fmt: skip
         try:
             _wait_until_up(url, process, log)
-            yield ServedModel(url, token, process.pid)
+            yield ModelServer(url, token, process.pid)
         finally:
             _stop(process)
 

@@ -29,7 +29,7 @@ from avp_agents.errors import AvpError, TransportError
 from avp_agents.handle import ContextHandle
 from avp_agents.transport import RemoteEngine
 from avp_agents.transport.wire import API
-from avp_bench.served_model import ServedModel
+from avp_bench.served_model import ModelServer
 
 FLAT_MIB = 16.0
 ROUNDS = 16
@@ -109,7 +109,7 @@ class Soak:
         report: Told what is going on.
     """
 
-    def __init__(self, server: ServedModel, concurrency: int, seed: int, report: Callable[[str], None]) -> None:
+    def __init__(self, server: ModelServer, concurrency: int, seed: int, report: Callable[[str], None]) -> None:
         self._server, self._concurrency, self._report = server, concurrency, report
         self._chance = random.Random(seed)
         self._process = psutil.Process(server.pid)

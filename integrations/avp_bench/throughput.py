@@ -36,7 +36,7 @@ _WINDOW = 2048
 
 
 @dataclass(frozen=True)
-class Work:
+class PipelineWork:
     """What each pipeline does.
 
     Attributes:
@@ -64,7 +64,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Arm:
+class EngineArm:
     """One engine and what runs on it."""
 
     name: str
@@ -89,7 +89,7 @@ class Throughput:
     median_seconds: float
 
 
-def arms(model: str | None, dtype: str, work: Work, most: int, *, eager: bool) -> list[Arm]:
+def arms(model: str | None, dtype: str, work: PipelineWork, most: int, *, eager: bool) -> list[EngineArm]:
     """The three arms.
 
     Args:
@@ -108,13 +108,13 @@ def arms(model: str | None, dtype: str, work: Work, most: int, *, eager: bool) -
         return VllmEngine.from_pretrained(model, dtype=dtype, latent_steps=thinks, store=MemoryStore(), **options)
 
     return [
-        Arm("latent, LatentEngine", latent_engine, work.latent),
-        Arm("latent, VllmEngine", lambda: vllm(thinks=True), work.latent),
-        Arm("text, vLLM", lambda: vllm(thinks=False), work.text),
+        EngineArm("latent, LatentEngine", latent_engine, work.latent),
+        EngineArm("latent, VllmEngine", lambda: vllm(thinks=True), work.latent),
+        EngineArm("text, vLLM", lambda: vllm(thinks=False), work.text),
     ]
 
 
-def measure(arm: Arm, levels: Sequence[int], pipelines: int, report: Callable[[str], None]) -> list[Throughput]:
+def measure(arm: EngineArm, levels: Sequence[int], pipelines: int, report: Callable[[str], None]) -> list[Throughput]:
     """One arm at all levels, after a warm-up at each.
 
     Args:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from avp_agents import LatentEngine
 from avp_agents.errors import ConfigurationError
-from avp_bench.comprehension import ARMS, Comprehension, Item, read_items
+from avp_bench.comprehension import ARMS, Comprehension, Passage, read_items
 from avp_bench.random_weights import random_engine
 from avp_bench.statistics import holm, mcnemar_p, wilson
 
@@ -52,7 +52,7 @@ def test_every_paragraph_answers_its_question() -> None:
 )
 def test_an_answer_counts_by_whole_words(answer: str, right: bool) -> None:
     """Case and punctuation make no difference; parts of words do not count."""
-    assert Item("", "", ("Old Tom",)).is_right(answer) is right
+    assert Passage("", "", ("Old Tom",)).is_right(answer) is right
 
 
 @pytest.mark.parametrize("count", [1, 1000])

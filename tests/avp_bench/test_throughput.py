@@ -11,14 +11,14 @@ from avp_agents import LatentEngine, MemoryStore
 from avp_agents.cli import app
 from avp_agents.engine.protocol import Engine
 from avp_agents.errors import EngineClosedError
-from avp_bench.throughput import Arm, Work, arms, measure
+from avp_bench.throughput import EngineArm, PipelineWork, arms, measure
 
 
 @pytest.mark.parametrize("hands_over", ["latent", "text"])
 def test_a_real_engine_is_timed_and_closed(smollm2_path: str, hands_over: str) -> None:
     engine = LatentEngine.from_pretrained(str(smollm2_path), device="cpu", store=MemoryStore(), kv_pool_bytes=2**27)
-    work = Work(steps=2, note_tokens=3, answer_tokens=2)
-    arm = Arm("an arm", lambda: engine, work.latent if hands_over == "latent" else work.text)
+    work = PipelineWork(steps=2, note_tokens=3, answer_tokens=2)
+    arm = EngineArm("an arm", lambda: engine, work.latent if hands_over == "latent" else work.text)
 
     found = measure(arm, [1, 2], 3, lambda _: None)
 
@@ -41,14 +41,14 @@ def test_so_many_run_at_once_and_every_question_is_its_own(smollm2_path: str) ->
         await asyncio.sleep(0.01)
         running -= 1
 
-    measure(Arm("counted", lambda: engine, pipeline), [3], 7, lambda _: None)
+    measure(EngineArm("counted", lambda: engine, pipeline), [3], 7, lambda _: None)
 
     assert most == 3
     assert len(set(questions)) == len(questions) == 3 + 7
 
 
 def test_the_arms_are_both_engines_and_plain_text() -> None:
-    names = [arm.name for arm in arms("a/model", "bfloat16", Work(), 4, eager=True)]
+    names = [arm.name for arm in arms("a/model", "bfloat16", PipelineWork(), 4, eager=True)]
 
     assert names == ["latent, LatentEngine", "latent, VllmEngine", "text, vLLM"]
 

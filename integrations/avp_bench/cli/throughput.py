@@ -29,9 +29,9 @@ def bench_throughput(
     """Time researcher-solver pipelines: contexts on either engine, and text on vLLM. Needs the extra vllm."""
     levels = _levels(concurrency)
     with measuring("Importing torch and vLLM") as report:
-        from avp_bench.throughput import Work, arms, measure
+        from avp_bench.throughput import PipelineWork, arms, measure
 
-        work = Work(steps, notes, tokens)
+        work = PipelineWork(steps, notes, tokens)
         found = [
             each
             for arm in arms(model, dtype, work, max(levels), eager=eager)

@@ -49,7 +49,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TeamAnswer:
     """A team's answer.
 
     Attributes:
@@ -93,7 +93,7 @@ class Bench:
     source: LatentEngine | None = None
     _thoughts: Once[_Thought] = field(default_factory=lambda: Once(KEPT_THOUGHTS), repr=False)
 
-    def answer(self, arm: Arm, item: Item, other: Item, seed: int) -> Answer:
+    def answer(self, arm: Arm, item: Item, other: Item, seed: int) -> TeamAnswer:
         """Have the arm answer a question.
 
         Args:
@@ -113,7 +113,7 @@ class Bench:
             return self._on_projection(arm, item, seed)
         return self._on_context(arm, item, other if arm.mode == "shuffled" else item, seed)
 
-    def _on_context(self, arm: Arm, item: Item, about: Item, seed: int) -> Answer:
+    def _on_context(self, arm: Arm, item: Item, about: Item, seed: int) -> TeamAnswer:
         thought = self._thought(self.engine, arm, about, seed)
         context = thought.contexts[0] if thought.contexts else None
         prompt: Prompt = [] if arm.turn == "same" else self._asked(item)
@@ -123,7 +123,7 @@ class Bench:
         made = self._solved(prompt, received, thought.stages, seed, self._receiver)
         return replace(made, handoff=replace(made.handoff, bytes=size))
 
-    def _on_projection(self, arm: Arm, item: Item, seed: int) -> Answer:
+    def _on_projection(self, arm: Arm, item: Item, seed: int) -> TeamAnswer:
         source = self._other_model(arm)
         made = self._thought(source, arm, item, seed)
         thought = source.crossing.express(made.contexts, reread=arm.projected != "vector")
@@ -140,7 +140,7 @@ class Bench:
         # a projected context has no KV-cache yet: the solver reads all of it
         return replace(answer, stages=(*others, replace(solver, given=0)))
 
-    def _on_notes(self, arm: Arm, item: Item, seed: int) -> Answer:
+    def _on_notes(self, arm: Arm, item: Item, seed: int) -> TeamAnswer:
         engine = self._other_model(arm) if arm.mode == "text-cross-model" else self.engine
         most = max(1, arm.steps) if arm.mode == "text-capped" else self.task.note_tokens
         team = TEAMS[arm.team]
@@ -211,11 +211,11 @@ class Bench:
         seed: int,
         engine: LatentEngine | None = None,
         handoff: Handoff | None = None,
-    ) -> Answer:
+    ) -> TeamAnswer:
         options = self._sampling(self.task.max_tokens, seed)
         made = (engine or self.engine).generate(prompt, context=context, **options)
         solver = Stage("solver", made.usage, len(context) if context is not None else 0)
-        return Answer(made.text, made.finish_reason, (*stages, solver), handoff or made.handoff)
+        return TeamAnswer(made.text, made.finish_reason, (*stages, solver), handoff or made.handoff)
 
     def _sampling(self, max_tokens: int, seed: int) -> GenerateOptions:
         return {"max_tokens": max_tokens, "temperature": self.temperature, "seed": seed}

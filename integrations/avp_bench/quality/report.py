@@ -10,7 +10,7 @@ from pathlib import Path
 from avp_bench.quality.ablation import Ablation
 from avp_bench.quality.plots import plots
 from avp_bench.quality.run_folder import read_lines
-from avp_bench.quality.summary import Comparison, Summary, summarise
+from avp_bench.quality.summary import ArmComparison, Summary, summarise
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -86,7 +86,7 @@ def report_html(summary: Summary, answers: Iterable[dict[str, object]]) -> str:
     )
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: ArmComparison) -> str:
     """Which arm is better, in words; undecided where chance may explain the difference."""
     if not comparison.decided:
         return "undecided"

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from avp_agents.errors import ConfigurationError
-from avp_bench.quality.answering import Answer, Bench
+from avp_bench.quality.answering import Bench, TeamAnswer
 from avp_bench.quality.arms import CROSS_MODEL
 from avp_bench.quality.run_folder import Key, Plan, RunFolder
 from avp_bench.sandbox import RunProgram
@@ -81,7 +81,7 @@ def _in_flight(
     yield from waiting
 
 
-def _rows(key: Key, made: Answer, right: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _rows(key: Key, made: TeamAnswer, right: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     names = dict(zip(("arm", "item", "seed"), key, strict=True))
     usages = [stage.usage for stage in made.stages]
     tokens = {

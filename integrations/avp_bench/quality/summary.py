@@ -69,7 +69,7 @@ class ArmSummary:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ArmComparison:
     """Two arms on the same problems and seeds.
 
     Attributes:
@@ -127,7 +127,7 @@ class Summary:
 
     about: dict[str, Any]
     arms: tuple[ArmSummary, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ArmComparison, ...]
     ablations: tuple[Ablation, ...]
     speeds: tuple[Speed, ...]
     verdicts: Mapping[str, Scores]
@@ -208,7 +208,7 @@ def _seconds(stages: list[dict[str, Any]], phase: str, solver: bool) -> float:
 
 def _comparisons(
     arms: tuple[ArmSummary, ...], by_arm: Mapping[str, Rows], verdicts: Mapping[str, Scores]
-) -> tuple[Comparison, ...]:
+) -> tuple[ArmComparison, ...]:
     """Between baselines only; each further comparison would cost the others power."""
     baselines = sorted((arm for arm in arms if arm.is_baseline), key=lambda arm: arm.mode not in HANDS_OVER)
     found: dict[str, tuple[ArmSummary, ArmSummary, Difference]] = {}
@@ -217,7 +217,7 @@ def _comparisons(
             found[f"{one.name} / {other.name}"] = (one, other, difference(verdicts[one.name], verdicts[other.name]))
     adjusted = holm({name: differing.p for name, (_, _, differing) in found.items()})
     return tuple(
-        Comparison(
+        ArmComparison(
             one.name, other.name, differing.only_one, differing.only_other, differing.p, adjusted[name],
             *_equal_answers(by_arm[one.name], by_arm[other.name]),
         )
