@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
@@ -122,15 +123,16 @@ class RequestBuilder:
         self, prompt: Prompt, context: Context | None, options: ThinkOptions | GenerateOptions
     ) -> tuple[PromptPlan, Handoff | None]:
         """What to prefill, and how contexts of other models were received for it."""
-        received = self._reception.receive(prompt, context)
+        crossed = None
+        if context is not None or _carries_contexts(prompt):
+            received = self._reception.receive(prompt, context)
+            prompt, context, crossed = received.prompt, received.context, received.handoff
         template_options = options.get("chat_template_kwargs")
         tools = options.get("tools") or ()
-        plan = self._runtime.renderer.plan(
-            received.prompt, received.context, chat_template_kwargs=template_options, tools=tools
-        )
+        plan = self._runtime.renderer.plan(prompt, context, chat_template_kwargs=template_options, tools=tools)
         if plan.base is not None:
             self.check_model(plan.base)
-        return plan, received.handoff
+        return plan, crossed
 
     def _prompt_request(self, plan: PromptPlan, options: ThinkOptions | GenerateOptions) -> Request:
         # a prefix only saves work, so one of another model is simply of no use
@@ -186,6 +188,10 @@ class RequestBuilder:
             raise FingerprintMismatchError(
                 f"The context was made in {context.dtype}, this engine runs {loaded.dtype_name}; give both one dtype."
             )
+
+
+def _carries_contexts(prompt: Prompt) -> bool:
+    return any(isinstance(message, Mapping) and message.get("context") is not None for message in prompt)
 
 
 def _limit(request: Request, timeout: float | None, source: str) -> None:
