@@ -20,8 +20,8 @@ if find_spec("langchain_core") is None:
     )
 
 if TYPE_CHECKING:
+    from avp_agents.engine.registry import close_engines, shared_engine
     from avp_langgraph.chat_model import AvpChatModel
-    from avp_langgraph.engines import close_engines, shared_engine
     from avp_langgraph.errors import AvpContextOverflowError
     from avp_langgraph.join import JoinNode
     from avp_langgraph.lifetimes import ContextLifetimes
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from avp_langgraph.state import ContextState, merge_contexts
 
 _HOME = {
-    "AvpChatModel": "chat_model",
-    "AvpContextOverflowError": "errors",
-    "AvpMiddleware": "middleware",
-    "ContextLifetimes": "lifetimes",
-    "ContextState": "state",
-    "GenerateNode": "nodes",
-    "JoinNode": "join",
-    "ThinkNode": "nodes",
-    "close_engines": "engines",
-    "merge_contexts": "state",
-    "shared_engine": "engines",
+    "AvpChatModel": "avp_langgraph.chat_model",
+    "AvpContextOverflowError": "avp_langgraph.errors",
+    "AvpMiddleware": "avp_langgraph.middleware",
+    "ContextLifetimes": "avp_langgraph.lifetimes",
+    "ContextState": "avp_langgraph.state",
+    "GenerateNode": "avp_langgraph.nodes",
+    "JoinNode": "avp_langgraph.join",
+    "ThinkNode": "avp_langgraph.nodes",
+    "close_engines": "avp_agents.engine.registry",
+    "merge_contexts": "avp_langgraph.state",
+    "shared_engine": "avp_agents.engine.registry",
 }
 
 __all__ = [
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'avp_langgraph' has no attribute {name!r}")
-    value = getattr(import_module(f"avp_langgraph.{_HOME[name]}"), name)
+    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
