@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from avp_agents.demo import AgentRun, Comparison, GraphRun
 from avp_agents.errors import EngineBusyError
 
 runner = CliRunner()
+command_line = importlib.import_module("avp_agents.cli.app")
 QUICK = ("--steps", "3", "--max-tokens", "6", "--researcher-tokens", "12", "--question", "What is 3 * 4?")
 
 
@@ -35,6 +37,21 @@ class TestUsage:
         assert result.exit_code == 0
         for command in ("demo", "doctor"):
             assert command in result.stdout
+
+    def test_the_benches_are_mounted(self) -> None:
+        result = runner.invoke(app, ["bench", "--help"])
+
+        assert result.exit_code == 0
+        assert "quality" in result.stdout
+
+    def test_without_the_benches_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(command_line, "entry_points", lambda group: ())
+        core = command_line.make_app()
+        shown, refused = runner.invoke(core, ["--help"]), runner.invoke(core, ["bench", "engine", "--repeats", "1"])
+
+        assert all(command in shown.stdout for command in ("demo", "doctor", "serve", "inspect", "size"))
+        assert refused.exit_code == 1
+        assert 'pip install "avp-agents[evals]"' in refused.stderr
 
     def test_version(self) -> None:
         assert runner.invoke(app, ["--version"]).stdout.strip() == __version__

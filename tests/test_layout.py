@@ -9,7 +9,7 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("avp_agents", "avp_crewai", "avp_langgraph")
+PACKAGES = ("avp_agents", "avp_bench", "avp_crewai", "avp_langgraph")
 LONGEST_FILE = 400
 
 

@@ -14,7 +14,7 @@ from avp_agents.cli.console import print_json, progress_console, result_console
 from avp_agents.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from avp_agents.evals.sizing import ContextSize
+    from avp_agents.sizing import ContextSize
 
 LENGTHS = (300, 1_000, 4_000, 16_000, 64_000)
 GB = 10**9
@@ -37,7 +37,7 @@ def size(
     if measure and prefill is not None:
         raise ConfigurationError("Give --prefill or --measure, not both.")
     with contextlib.redirect_stdout(sys.stderr), progress_console().status("Reading the model's configuration"):
-        from avp_agents.evals.sizing import ContextSize, ModelSizes
+        from avp_agents.sizing import ContextSize, ModelSizes
 
         sizes = ModelSizes.of(model)
         contexts = [ContextSize.of(sizes, count, steps) for count in sorted(set(tokens or LENGTHS))]
@@ -61,7 +61,7 @@ def _measured(model: str | None) -> float:
     from transformers.utils import logging
 
     from avp_agents.engine.latent_engine import LatentEngine
-    from avp_agents.evals.sizing import measure_prefill
+    from avp_agents.sizing import measure_prefill
     from avp_agents.store import MemoryStore
 
     logging.disable_progress_bar()

@@ -7,13 +7,13 @@
 """
 
 from avp_agents.store.base import ContextStore, PruneReport, StoreStats
-from avp_agents.store.disk import DiskStore
 from avp_agents.store.encryption import Encryption
+from avp_agents.store.files import DiskStore
 from avp_agents.store.memory import MemoryStore
 from avp_agents.store.mooncake import MooncakeStore
 from avp_agents.store.namespace import Namespace
 from avp_agents.store.objects import ObjectStore
-from avp_agents.store.opening import open_store
+from avp_agents.store.open import open_store
 from avp_agents.store.redis import RedisStore
 from avp_agents.store.tiered import TieredStore, default_store
 

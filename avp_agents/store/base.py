@@ -13,15 +13,21 @@ All methods are thread-safe, and each has an asynchronous twin (`aput`, ...) tha
 from __future__ import annotations
 
 import asyncio
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from avp_agents.context import Context
 from avp_agents.handle import ContextHandle
 from avp_agents.store.namespace import Namespace
 from avp_agents.tracing import traced
+
+_Store = TypeVar("_Store", bound="ContextStore")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 AnyHandle = ContextHandle | Mapping[str, Any] | str
 """A handle as the code has it, as graph state has it, or its bare id."""
@@ -38,7 +44,7 @@ def id_of_handle(handle: AnyHandle) -> str:
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds.
+    """Counts and bytes of what a store holds.
 
     Attributes:
         contexts: Stored handles.
@@ -66,12 +72,45 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` or `discard` removed."""
+    """Counts and bytes of what `prune` or `discard` removed."""
 
     contexts: int = 0
     segments: int = 0
     kv_bytes: int = 0
     lineage_bytes: int = 0
+
+
+class Lookups:
+    """Counts how often a store found what it was asked for. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hits = self._misses = 0
+
+    def count(self, *, hit: bool) -> None:
+        """Note one."""
+        with self._lock:
+            self._hits += hit
+            self._misses += not hit
+
+    def counts(self) -> tuple[int, int]:
+        """Hits and misses so far."""
+        with self._lock:
+            return self._hits, self._misses
+
+
+def _in_thread(
+    verb: Callable[Concatenate[_Store, _Parameters], _Result],
+) -> Callable[Concatenate[_Store, _Parameters], Coroutine[Any, Any, _Result]]:
+    """A verb's asynchronous twin: the same on a thread, so that the event loop goes on."""
+
+    @wraps(verb)
+    async def twin(store: _Store, *arguments: _Parameters.args, **options: _Parameters.kwargs) -> _Result:
+        return await asyncio.to_thread(getattr(store, verb.__name__), *arguments, **options)
+
+    twin.__name__, twin.__doc__ = f"a{verb.__name__}", f"Asynchronous `{verb.__name__}`."
+    vars(twin).pop("__isabstractmethod__", None)
+    return twin
 
 
 class ContextStore(ABC):
@@ -93,7 +132,7 @@ class ContextStore(ABC):
     def __init__(
         self, *, namespace: Namespace | str = "default", byte_budget: int | None = None, ttl: float | None = None
     ) -> None:
-        self.namespace = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+        self.namespace = Namespace.of(namespace)
         self.byte_budget = byte_budget
         self.ttl = ttl
 
@@ -225,74 +264,28 @@ class ContextStore(ABC):
 
     @abstractmethod
     def stats(self) -> StoreStats:
-        """What the store holds."""
+        """Counts and bytes of what the store holds."""
 
     def close(self) -> None:  # noqa: B027  (most stores hold nothing open)
         """Release files and connections. Stored contexts stay."""
 
-    async def aput(
-        self,
-        context: Context,
-        *,
-        kv: bool = True,
-        scope: str = "",
-        agent: str = "",
-        text: str = "",
-        ttl: float | None = None,
-    ) -> ContextHandle:
-        """Asynchronous `put`."""
-        return await asyncio.to_thread(self.put, context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
-
-    async def aget(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
-        """Asynchronous `get`."""
-        return await asyncio.to_thread(self.get, handle, scope=scope)
-
-    async def acontains(self, handle: AnyHandle) -> bool:
-        """Asynchronous `contains`."""
-        return await asyncio.to_thread(self.contains, handle)
-
-    async def atouch(self, handle: AnyHandle) -> bool:
-        """Asynchronous `touch`."""
-        return await asyncio.to_thread(self.touch, handle)
-
-    async def adelete(self, handle: AnyHandle) -> bool:
-        """Asynchronous `delete`."""
-        return await asyncio.to_thread(self.delete, handle)
-
-    async def adiscard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
-        """Asynchronous `discard`."""
-        return await asyncio.to_thread(self.discard, handles, idle=idle, dry_run=dry_run)
-
-    async def aadd_kv(self, context: Context) -> bool:
-        """Asynchronous `add_kv`."""
-        return await asyncio.to_thread(self.add_kv, context)
-
-    async def adrop_kv(self, handle: AnyHandle) -> int:
-        """Asynchronous `drop_kv`."""
-        return await asyncio.to_thread(self.drop_kv, handle)
-
-    async def apin(self, handle: AnyHandle) -> None:
-        """Asynchronous `pin`."""
-        await asyncio.to_thread(self.pin, handle)
-
-    async def aunpin(self, handle: AnyHandle) -> None:
-        """Asynchronous `unpin`."""
-        await asyncio.to_thread(self.unpin, handle)
-
-    async def alist(self, *, scope: str | None = None) -> list[ContextHandle]:
-        """Asynchronous `list`."""
-        return await asyncio.to_thread(self.list, scope=scope)
-
-    async def aprune(self) -> PruneReport:
-        """Asynchronous `prune`."""
-        return await asyncio.to_thread(self.prune)
-
-    async def astats(self) -> StoreStats:
-        """Asynchronous `stats`."""
-        return await asyncio.to_thread(self.stats)
+    # what overrides a verb is what its twin calls
+    aput = _in_thread(put)
+    aget = _in_thread(get)
+    acontains = _in_thread(contains)
+    atouch = _in_thread(touch)
+    adelete = _in_thread(delete)
+    adiscard = _in_thread(discard)
+    aadd_kv = _in_thread(add_kv)
+    adrop_kv = _in_thread(drop_kv)
+    apin = _in_thread(pin)
+    aunpin = _in_thread(unpin)
+    alist = _in_thread(list)
+    aprune = _in_thread(prune)
+    astats = _in_thread(stats)
 
 
 def _traits(result: Context | ContextHandle) -> dict[str, Any]:
-    """What a span says of what was put or got."""
+    """A span's attributes for the context that was put or got."""
     handle = result if isinstance(result, ContextHandle) else result.to_handle()
     return {"avp.context.id": handle.id, "avp.context.positions": handle.tokens, "avp.context.bytes": handle.bytes}

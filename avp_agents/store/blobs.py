@@ -1,4 +1,4 @@
-"""What a store on a server needs of that server: named bytes of one namespace, and an order among writers.
+"""The backends of a durable store: named bytes of one namespace, and an order among its writers.
 
 Small blobs are named ``kind/id``: ``handles``, ``pins``, ``segments``, ``kv`` (what a payload holds and which it is)
 and ``payloads`` (its bytes, where another server keeps it).
@@ -8,15 +8,18 @@ they never change and are written without holding anybody up.
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Event, Lock, Thread
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from avp_agents.errors import StoreUnavailableError
+from avp_agents.errors import IntegrityError, StoreUnavailableError
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["handles", "pins", "segments", "kv", "payloads"]
 
@@ -28,15 +31,32 @@ PAUSE = 5.0
 
 
 class Blobs(ABC):
-    """One namespace's bytes on a server. Thread-safe.
+    """One namespace's bytes in a folder or on a server. Thread-safe.
 
-    Every method raises `StoreUnavailableError` where the server does not answer in time or refuses.
+    Every method raises `StoreUnavailableError` where a server does not answer in time or refuses, `StoreError` where a
+    file system does.
+
+    Args:
+        place: Where they are, for messages; without credentials.
 
     Attributes:
-        place: Where they are, for messages; without credentials.
+        place: As given.
+        integrity_failures: Records found torn or altered through this object.
+        cheap_to_read: Whether `prune` can afford to read every record, to find those that are torn.
     """
 
-    place: str
+    cheap_to_read: ClassVar[bool] = False
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.integrity_failures = 0
+        self._count_lock = Lock()
+
+    def report(self, what: str, reason: IntegrityError) -> None:
+        """Count and log a record that will be treated as absent."""
+        with self._count_lock:
+            self.integrity_failures += 1
+        log.warning("%s in %s is torn or altered (%s); it is treated as absent.", what, self.place, reason)
 
     @abstractmethod
     def read(self, names: Sequence[str]) -> list[bytes | None]:
@@ -65,6 +85,10 @@ class Blobs(ABC):
     def sizes(self, kind: Kind) -> dict[str, int]:
         """Bytes of all small blobs of a kind, by id."""
 
+    def ids(self, kind: Kind) -> list[str]:
+        """All small blobs of a kind."""
+        return list(self.sizes(kind))
+
     @abstractmethod
     def use(self, handle_id: str) -> None:
         """Note a handle's use as of now."""
@@ -73,24 +97,25 @@ class Blobs(ABC):
     def uses(self, handle_id: str | None = None) -> dict[str, float]:
         """When handles (one, or all) were last used, by the clock of `now`."""
 
-    @abstractmethod
-    def forget_uses(self, handle_ids: Sequence[str]) -> None:
+    def forget_uses(self, handle_ids: Sequence[str]) -> None:  # noqa: B027  (nothing to do where uses go with handles)
         """Forget when handles were used. Within `removing`."""
 
-    @abstractmethod
     def now(self) -> float:
-        """Seconds since the epoch."""
+        """Seconds since the epoch; by this machine's clock, unless the place has one."""
+        return time.time()
 
     @abstractmethod
     def writing(self) -> AbstractContextManager[None]:
         """Held while blobs are written: nobody is within `removing` meanwhile, but others may be within `writing`."""
 
-    @abstractmethod
     def removing(self) -> AbstractContextManager[None]:
-        """Held while blobs are removed: nobody else is within `writing` or `removing` meanwhile. Includes `writing`."""
+        """Held while blobs are removed: nobody else is within `writing` or `removing` meanwhile. Includes `writing`.
 
-    @abstractmethod
-    def close(self) -> None:
+        The same as `writing` where only one writes at a time.
+        """
+        return self.writing()
+
+    def close(self) -> None:  # noqa: B027  (a folder holds nothing open)
         """Close connections."""
 
 
@@ -105,8 +130,7 @@ class Payloads(ABC):
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
         """Write `size` bytes under a new name. What a killed writer leaves goes away after a while."""
 
-    @abstractmethod
-    def keep_payload(self, name: str, size: int) -> None:
+    def keep_payload(self, name: str, size: int) -> None:  # noqa: B027  (nothing to do where what is young is spared)
         """The payload is about to be referred to. Within `Blobs.writing`."""
 
     @abstractmethod
@@ -117,9 +141,12 @@ class Payloads(ABC):
     def payload_sizes(self) -> dict[str, int]:
         """Bytes of all payloads, by name."""
 
-    @abstractmethod
     def remove_abandoned(self, referred: set[str]) -> None:
-        """Remove payloads that nothing refers to, unless something may yet. Within `Blobs.removing`."""
+        """Remove payloads that nothing refers to, unless something may yet. Within `Blobs.removing`.
+
+        Whoever is still writing a payload has not kept it yet, so that it is not among those that have a size.
+        """
+        self.remove_payloads([name for name in self.payload_sizes() if name not in referred])
 
     @abstractmethod
     def close(self) -> None:
@@ -196,6 +223,23 @@ def rechunked(parts: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]
         pending += view
     if pending:
         yield bytes(pending)
+
+
+def gathered(size: int, chunk: Callable[[int], bytes | None]) -> bytearray | None:
+    """The `size` bytes whose pieces of `PAYLOAD_CHUNK` are `chunk(0)`, `chunk(1)`, ...; None unless all are there."""
+    data = bytearray(size)
+    for index, start in enumerate(range(0, size, PAYLOAD_CHUNK)):
+        piece = chunk(index)
+        if piece is None or len(piece) != min(PAYLOAD_CHUNK, size - start):
+            return None
+        data[start : start + len(piece)] = piece
+    return data
+
+
+def in_batches(items: Sequence[str], size: int = 1000) -> Iterator[Sequence[str]]:
+    """Items in runs of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def redacted(url: str) -> str:

@@ -91,7 +91,7 @@ class Encryption:
             yield aead.encrypt(_nonce(index), chunk, _bound(name, index, count))
 
     def open(self, data: bytes | bytearray, name: str) -> bytearray:
-        """What was sealed under this name.
+        """The bytes that were sealed under this name.
 
         Raises:
             EncryptionKeyError: It was sealed with a key that is not known here, or not at all.

@@ -13,10 +13,13 @@ import hmac
 import json
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from typing_extensions import override
 
 from avp_agents.errors import ConfigurationError, IntegrityError
 from avp_agents.kv_cache import HostKv
@@ -39,23 +42,44 @@ Signature = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class KvPart:
-    """Positions ``start:stop`` of a KV-cache.
+class Extent(ABC):
+    """Where a segment's share of a KV-cache lies in the lineage.
 
     Attributes:
         start, stop: Which positions of the lineage.
         content: Digest of the lineage values up to this segment that the cache was computed from.
-        kv: The tensors, memory-mapped when they come from a file.
     """
 
     start: int
     stop: int
     content: str
+
+    @abstractmethod
+    def load(self) -> KvPart | None:
+        """The share itself; None where it is gone, or not authentic."""
+
+    def covers(self, other: Extent) -> bool:
+        """Whether it holds all positions that the other does, computed from the same values."""
+        return self.content == other.content and self.start <= other.start and other.stop <= self.stop
+
+
+@dataclass(frozen=True)
+class KvPart(Extent):
+    """Positions ``start:stop`` of a KV-cache.
+
+    Attributes:
+        kv: The tensors, memory-mapped when they come from a file.
+    """
+
     kv: HostKv
+
+    @override
+    def load(self) -> KvPart:
+        return self
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """What parts of one cache have in common: each tensor's dtype, heads and head dimension."""
+        """Each tensor's dtype, heads and head dimension, the same in all parts of one cache."""
         return tuple((t.dtype, t.shape[0], t.shape[2]) for pair in self.kv.layers for t in pair)
 
 
@@ -96,14 +120,21 @@ def kv_bytes(part: KvPart) -> int:
     return len(_header(part)) + part.kv.nbytes
 
 
-def parse_kv(data: bytearray, segment_id: str, namespace: Namespace) -> KvPart:
+def parse_kv(data: mmap.mmap | bytearray, segment_id: str, namespace: Namespace, *, trusted: bool = False) -> KvPart:
     """The part that `data` holds, as views of it.
+
+    Args:
+        data: The bytes.
+        segment_id: Whose part it must be.
+        namespace: Whose key its MAC must be made with.
+        trusted: Leave out the MAC, which was checked before.
 
     Raises:
         IntegrityError: The bytes are torn, altered, or another segment's.
     """
     start = _tensors_start(data)
-    _check_mac(data, segment_id, namespace)
+    if not trusted:
+        _check_mac(data, segment_id, namespace)
     return _parse(json.loads(bytes(data[_LENGTH_BYTES:start])), data, start)
 
 
@@ -114,8 +145,7 @@ def read_kv(
 
     Args:
         path: The file.
-        segment_id: Whose part it must be.
-        namespace: Whose key its MAC must be made with.
+        segment_id, namespace: As for `parse_kv`.
         trusted: Signature of a file whose MAC this process has checked; the same file is not read through again.
 
     Returns:
@@ -134,15 +164,12 @@ def read_kv(
             mapped = mmap.mmap(file.fileno(), status.st_size, access=mmap.ACCESS_COPY)
         except ValueError as error:
             raise IntegrityError("shrank while it was opened") from error
-    start = _tensors_start(mapped)
     found = signature(status)
-    if found != trusted:
-        _check_mac(mapped, segment_id, namespace)
-    return _parse(json.loads(mapped[_LENGTH_BYTES:start]), mapped, start), found
+    return parse_kv(mapped, segment_id, namespace, trusted=found == trusted), found
 
 
 def signature(status: os.stat_result) -> Signature:
-    """What tells a file from its replacement."""
+    """The signature that tells a file from its replacement."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

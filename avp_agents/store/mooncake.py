@@ -11,10 +11,13 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
+from typing_extensions import override
+
 from avp_agents.errors import ConfigurationError, StoreUnavailableError
-from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Payloads, Reachability, rechunked
+from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Payloads, Reachability, gathered, rechunked
+from avp_agents.store.kv_shares import PayloadShares
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.shared import SharedStore
+from avp_agents.store.record_store import RecordStore
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ _BUFFER_BYTES = 8 * PAYLOAD_CHUNK
 _Result = TypeVar("_Result")
 
 
-class MooncakeStore(SharedStore):
+class MooncakeStore(RecordStore):
     """Keeps KV-caches in Mooncake, and all else where `lineage` keeps it.
 
     Mooncake's memory is fast and volatile: what it evicts or loses with a machine is replayed from the lineage. The
@@ -52,7 +55,7 @@ class MooncakeStore(SharedStore):
 
     def __init__(
         self,
-        lineage: SharedStore,
+        lineage: RecordStore,
         *,
         master: str,
         host: str,
@@ -66,13 +69,11 @@ class MooncakeStore(SharedStore):
         setup = (host, metadata, memory_bytes, _BUFFER_BYTES, protocol, devices, master)
         client = _Client.joined(setup, f"Mooncake at {master}", timeout)
         super().__init__(
-            lineage.blobs,
-            MooncakePayloads(client, lineage.blobs, lineage.namespace),
-            namespace=lineage.namespace,
+            lineage.records,
+            PayloadShares(lineage.records, MooncakePayloads(client, lineage.blobs, lineage.namespace)),
             byte_budget=lineage.byte_budget,
             ttl=lineage.ttl,
             max_kv_bytes=max_kv_bytes,
-            encryption=lineage.encryption,
         )
 
 
@@ -85,22 +86,14 @@ class MooncakePayloads(Payloads):
         # a payload never changes
         self._sizes: dict[str, int] = {}
 
+    @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
-        """See `Payloads.read_payload`."""
+        keys = self._keys(name, size)
+        return self._client.call(lambda store: gathered(size, lambda index: store.get(keys[index])))
 
-        def fetch(store: Any) -> bytearray | None:
-            data = bytearray(size)
-            for index, key in enumerate(self._keys(name, size)):
-                chunk, start = store.get(key), index * PAYLOAD_CHUNK
-                if len(chunk) != min(PAYLOAD_CHUNK, size - start):
-                    return None
-                data[start : start + len(chunk)] = chunk
-            return data
-
-        return self._client.call(fetch)
-
+    @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
-        """See `Payloads.write_payload`. What nothing comes to refer to, Mooncake evicts as the least recently used.
+        """A payload that nothing comes to refer to is evicted as the least recently used.
 
         Raises:
             StoreUnavailableError: Also where its memory is full of what was just used.
@@ -110,12 +103,12 @@ class MooncakePayloads(Payloads):
             if code != 0:
                 raise StoreUnavailableError(f"{self._client.place} does not take {len(chunk)} bytes (code {code}).")
 
+    @override
     def keep_payload(self, name: str, size: int) -> None:
-        """See `Payloads.keep_payload`."""
         self._index.write({f"payloads/{name}": str(size).encode()})
 
+    @override
     def remove_payloads(self, names: Sequence[str]) -> None:
-        """See `Payloads.remove_payloads`."""
         sizes = self.payload_sizes()
         keys = [key for name in names for key in self._keys(name, sizes.get(name, 0))]
         if keys:
@@ -123,8 +116,8 @@ class MooncakePayloads(Payloads):
         if names:
             self._index.remove([f"payloads/{name}" for name in names])
 
+    @override
     def payload_sizes(self) -> dict[str, int]:
-        """See `Payloads.payload_sizes`."""
         names = list(self._index.sizes("payloads"))
         new = [name for name in names if name not in self._sizes]
         found = self._index.read([f"payloads/{name}" for name in new])
@@ -132,12 +125,9 @@ class MooncakePayloads(Payloads):
         self._sizes = {name: known[name] for name in names if name in known}
         return dict(self._sizes)
 
-    def remove_abandoned(self, referred: set[str]) -> None:
-        """See `Payloads.remove_abandoned`. Whoever is still writing a payload has not indexed it yet."""
-        self.remove_payloads([name for name in self.payload_sizes() if name not in referred])
-
+    @override
     def close(self) -> None:
-        """See `Payloads.close`. The memory that this process lends goes with it."""
+        """The memory that this process lends goes with it."""
         self._client.leave()
 
     def _keys(self, name: str, size: int) -> list[str]:

@@ -66,6 +66,11 @@ class Namespace:
         master = parse_key(text, source=KEY_VARIABLE) if text else _key_from_file(_key_path())
         return cls(name, _keyed(master, b"avp-namespace", name.encode()).digest())
 
+    @classmethod
+    def of(cls, namespace: Namespace | str) -> Namespace:
+        """A namespace as it is, or the one of a name, as `load` makes it."""
+        return namespace if isinstance(namespace, Namespace) else cls.load(namespace)
+
     @property
     def tag(self) -> str:
         """16 hex digits that two namespaces share only if they have the same name and key. Reveals neither."""

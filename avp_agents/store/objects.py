@@ -12,15 +12,19 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from typing_extensions import override
+
 from avp_agents.errors import ConfigurationError, StoreUnavailableError
 from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Kind, Payloads, Reachability, rechunked, redacted, renewed
+from avp_agents.store.checked_blobs import CheckedBlobs
 from avp_agents.store.encryption import Encryption
+from avp_agents.store.kv_shares import PayloadShares
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.shared import SharedStore
+from avp_agents.store.record_store import RecordStore
 
 SCHEMES = ("s3", "gs", "az", "file")
 LEASE_SECONDS = 20.0
-"""What a killed process held is free once others have watched it unchanged for this long."""
+"""A killed process's lock is free once others have watched it unchanged for this long."""
 
 ABANDONED_SECONDS = 3600.0
 """A payload that nothing refers to after this long was left by a killed writer."""
@@ -33,7 +37,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-class ObjectStore(SharedStore):
+class ObjectStore(RecordStore):
     """Keeps contexts in a bucket: durable, large and cheap, some tens of milliseconds for each request.
 
     Any number of workers write at the same time; whoever removes waits for them, and they for it. KV-caches are
@@ -41,8 +45,9 @@ class ObjectStore(SharedStore):
 
     Args:
         url: ``s3://bucket/prefix``, ``gs://bucket/prefix``, ``az://account/container/prefix`` or ``file:///folder``.
-        namespace, byte_budget, ttl, encryption: See `SharedStore`. `delete` and a `byte_budget` that is reached list
-            the namespace; with thousands of contexts, rather let `prune` or `discard` remove many at once.
+        namespace, byte_budget, ttl: See `RecordStore`. `delete` and a `byte_budget` that is reached list the namespace;
+            with thousands of contexts, rather let `prune` or `discard` remove many at once.
+        encryption: Seals everything that goes to the storage.
         max_kv_bytes: KV-caches larger than this are not kept. By default all are.
         options: The storage's own settings and credentials by obstore's names, as ``{"region": "eu-central-1"}`` or
             ``{"endpoint": "http://localhost:9000"}``. What is not given comes from the environment (``AWS_...``,
@@ -68,16 +73,11 @@ class ObjectStore(SharedStore):
         options: Mapping[str, Any] | None = None,
         timeout: float = 10.0,
     ) -> None:
-        tenant = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+        tenant = Namespace.of(namespace)
         blobs = ObjectBlobs(url, tenant, options or {}, timeout)
+        records = CheckedBlobs(blobs, tenant, encryption)
         super().__init__(
-            blobs,
-            blobs,
-            namespace=tenant,
-            byte_budget=byte_budget,
-            ttl=ttl,
-            max_kv_bytes=max_kv_bytes,
-            encryption=encryption,
+            records, PayloadShares(records, blobs), byte_budget=byte_budget, ttl=ttl, max_kv_bytes=max_kv_bytes
         )
 
 
@@ -101,7 +101,7 @@ class ObjectBlobs(Blobs, Payloads):
                 'ObjectStore needs obstore. Install it with: pip install "avp-agents[objects]"'
             ) from error
         self._api: Any = obstore
-        self.place = redacted(url)
+        super().__init__(redacted(url))
         try:
             self._store: Any = _open(from_url, url, options, timeout)
         except (BaseError, ValueError, TypeError) as error:
@@ -115,16 +115,19 @@ class ObjectBlobs(Blobs, Payloads):
         self._held = threading.local()
         self._last_marks: dict[str, str] = {}
 
+    @override
     def read(self, names: Sequence[str]) -> list[bytes | None]:
-        """See `Blobs.read`. Several at once."""
+        """Several at once."""
         return self._at_once(self._get, names)
 
+    @override
     def existing(self, names: Sequence[str]) -> set[str]:
-        """See `Blobs.existing`. Several at once."""
+        """Several at once."""
         return {name for name, entry in zip(names, self._at_once(self._head, names), strict=True) if entry is not None}
 
+    @override
     def add(self, blobs: Mapping[str, bytes]) -> set[str]:
-        """See `Blobs.add`. Segments at once, then handles."""
+        """Segments at once, then handles."""
         added: set[str] = set()
         for are_handles in (False, True):
             names = [name for name in blobs if name.startswith("handles/") is are_handles]
@@ -133,23 +136,26 @@ class ObjectBlobs(Blobs, Payloads):
             added |= {name for name, new in zip(names, created, strict=True) if new}
         return added
 
+    @override
     def write(self, blobs: Mapping[str, bytes]) -> None:
-        """See `Blobs.write`. Several at once."""
+        """Several at once."""
         self._check_lease()
         self._at_once(lambda name: self._put(name, blobs[name]), blobs)
 
+    @override
     def remove(self, names: Sequence[str]) -> None:
-        """See `Blobs.remove`. Kind by kind, many in one request."""
+        """Kind by kind, many in one request."""
         for kind in dict.fromkeys(name.partition("/")[0] for name in names):
             self._check_lease()
             self._delete([name for name in names if name.startswith(f"{kind}/")])
 
+    @override
     def sizes(self, kind: Kind) -> dict[str, int]:
-        """See `Blobs.sizes`."""
         return {name: entry["size"] for name, entry in self._list(kind).items()}
 
+    @override
     def use(self, handle_id: str) -> None:
-        """See `Blobs.use`. The mark that this process left before is removed, others' when handles are."""
+        """The mark that this process left before is removed, others' when handles are."""
         mark = f"uses/{handle_id}/{time.time_ns() // 1000:016x}"
         self._put(mark, b"")
         before = self._last_marks.get(handle_id)
@@ -157,8 +163,8 @@ class ObjectBlobs(Blobs, Payloads):
         if before is not None and before != mark:
             self._delete([before])
 
+    @override
     def uses(self, handle_id: str | None = None) -> dict[str, float]:
-        """See `Blobs.uses`."""
         found: dict[str, float] = {}
         folder = "uses" if handle_id is None else f"uses/{handle_id}"
         for name in self._list(folder):
@@ -166,20 +172,17 @@ class ObjectBlobs(Blobs, Payloads):
             found[own_id] = max(int(moment, 16) / 1e6, found.get(own_id, 0.0))
         return found
 
+    @override
     def forget_uses(self, handle_ids: Sequence[str]) -> None:
-        """See `Blobs.forget_uses`."""
         if handle_ids:
             gone = set(handle_ids)
             self._delete([f"uses/{name}" for name in self._list("uses") if name.partition("/")[0] in gone])
             for handle_id in gone:
                 self._last_marks.pop(handle_id, None)
 
-    def now(self) -> float:
-        """See `Blobs.now`. This machine's clock."""
-        return time.time()
-
+    @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
-        """See `Payloads.read_payload`. In ranges, several at once."""
+        """In ranges, several at once."""
         path, data = f"{self._root}payload/{name}", bytearray(size)
 
         def fetch(start: int) -> bool:
@@ -193,35 +196,28 @@ class ObjectBlobs(Blobs, Payloads):
 
         return data if all(self._at_once(fetch, range(0, size, PAYLOAD_CHUNK))) else None
 
+    @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
-        """See `Payloads.write_payload`. In parts, several at once, if it is larger than one."""
-        pieces = rechunked(chunks, PAYLOAD_CHUNK)
+        """In parts, several at once, if it is larger than one."""
+        path, pieces = f"{self._root}payload/{name}", rechunked(chunks, PAYLOAD_CHUNK)
         with self._asking():
             if size <= PAYLOAD_CHUNK:
-                self._api.put(self._store, f"{self._root}payload/{name}", b"".join(pieces), use_multipart=False)
+                self._api.put(self._store, path, b"".join(pieces), use_multipart=False)
             else:
-                self._api.put(
-                    self._store,
-                    f"{self._root}payload/{name}",
-                    pieces,
-                    use_multipart=True,
-                    chunk_size=PAYLOAD_CHUNK,
-                    max_concurrency=_CONNECTIONS,
-                )
+                parts = {"chunk_size": PAYLOAD_CHUNK, "max_concurrency": _CONNECTIONS}
+                self._api.put(self._store, path, pieces, use_multipart=True, **parts)
 
-    def keep_payload(self, name: str, size: int) -> None:
-        """See `Payloads.keep_payload`. Nothing to do: `remove_abandoned` spares what is young."""
-
+    @override
     def remove_payloads(self, names: Sequence[str]) -> None:
-        """See `Payloads.remove_payloads`."""
         self._delete([f"payload/{name}" for name in names])
 
+    @override
     def payload_sizes(self) -> dict[str, int]:
-        """See `Payloads.payload_sizes`."""
         return {name: entry["size"] for name, entry in self._list("payload").items()}
 
+    @override
     def remove_abandoned(self, referred: set[str]) -> None:
-        """See `Payloads.remove_abandoned`. Also marks of uses that later ones superseded."""
+        """Spares what is young; also removes marks of uses that later ones superseded."""
         oldest = datetime.now(UTC) - timedelta(seconds=ABANDONED_SECONDS)
         listed = self._list("payload")
         self._delete(
@@ -231,9 +227,10 @@ class ObjectBlobs(Blobs, Payloads):
         latest = {name.partition("/")[0]: name for name in marks}
         self._delete([f"uses/{name}" for name in marks if name != latest[name.partition("/")[0]]])
 
+    @override
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """See `Blobs.writing`.
+        """Any number of writers at a time.
 
         Raises:
             StoreUnavailableError: Somebody was removing for longer than `_patience`.
@@ -250,9 +247,10 @@ class ObjectBlobs(Blobs, Payloads):
         with self._holding(own):
             yield
 
+    @override
     @contextmanager
     def removing(self) -> Iterator[None]:
-        """See `Blobs.removing`.
+        """One at a time.
 
         Raises:
             StoreUnavailableError: Others were removing, or adding, for longer than `_patience`.
@@ -273,8 +271,8 @@ class ObjectBlobs(Blobs, Payloads):
                 self._wait(until)
             yield
 
+    @override
     def close(self) -> None:
-        """See `Blobs.close`."""
         self._workers.shutdown()
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import secrets
 import threading
@@ -11,11 +10,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from typing_extensions import override
+
 from avp_agents.errors import ConfigurationError, StoreUnavailableError
-from avp_agents.store.blobs import PAYLOAD_CHUNK, Blobs, Kind, Payloads, Reachability, rechunked, redacted, renewed
+from avp_agents.store.blobs import (
+    PAYLOAD_CHUNK,
+    Blobs,
+    Kind,
+    Payloads,
+    Reachability,
+    gathered,
+    in_batches,
+    rechunked,
+    redacted,
+    renewed,
+)
+from avp_agents.store.checked_blobs import CheckedBlobs
 from avp_agents.store.encryption import Encryption
+from avp_agents.store.kv_shares import PayloadShares
 from avp_agents.store.namespace import Namespace
-from avp_agents.store.shared import SharedStore
+from avp_agents.store.record_store import RecordStore
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -34,7 +48,7 @@ _RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPI
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
-class RedisStore(SharedStore):
+class RedisStore(RecordStore):
     """Keeps contexts in a Redis or Valkey server: lineages and handles always, KV-caches up to a size.
 
     Writers of a namespace take turns for the milliseconds that a put takes; a put is one transaction, and one whose
@@ -43,7 +57,8 @@ class RedisStore(SharedStore):
 
     Args:
         url: ``redis://[user:password@]host[:port][/database]``, ``rediss://`` for TLS, ``unix://path``; for Valkey too.
-        namespace, byte_budget, ttl, encryption: See `SharedStore`.
+        namespace, byte_budget, ttl: See `RecordStore`.
+        encryption: Seals everything that goes to the server.
         max_kv_bytes: KV-caches larger than this are not kept. By default 64 MiB: Redis holds them in memory.
         timeout: Seconds after which an answer, or another writer's turn, is no longer waited for.
 
@@ -66,16 +81,11 @@ class RedisStore(SharedStore):
         encryption: Encryption | None = None,
         timeout: float = 5.0,
     ) -> None:
-        tenant = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+        tenant = Namespace.of(namespace)
         blobs = RedisBlobs(url, tenant, timeout)
+        records = CheckedBlobs(blobs, tenant, encryption)
         super().__init__(
-            blobs,
-            blobs,
-            namespace=tenant,
-            byte_budget=byte_budget,
-            ttl=ttl,
-            max_kv_bytes=max_kv_bytes,
-            encryption=encryption,
+            records, PayloadShares(records, blobs), byte_budget=byte_budget, ttl=ttl, max_kv_bytes=max_kv_bytes
         )
 
 
@@ -99,7 +109,7 @@ class RedisBlobs(Blobs, Payloads):
             raise ConfigurationError(
                 'RedisStore needs redis. Install it with: pip install "avp-agents[redis]"'
             ) from error
-        self.place = redacted(url)
+        super().__init__(redacted(url))
         # one more try, at once: a connection that idled may have been closed by the server
         retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
         options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
@@ -114,23 +124,24 @@ class RedisBlobs(Blobs, Payloads):
         self._asking = Reachability(self.place, (redis.RedisError, OSError))
         self._held = threading.local()
 
+    @override
     def read(self, names: Sequence[str]) -> list[bytes | None]:
-        """See `Blobs.read`."""
         if not names:
             return []
         with self._asking():
             return cast("list[bytes | None]", self._client.mget([self._key(name) for name in names]))
 
+    @override
     def existing(self, names: Sequence[str]) -> set[str]:
-        """See `Blobs.existing`."""
         with self._asking():
             pipe = self._client.pipeline(transaction=False)
             for name in names:
                 pipe.exists(self._key(name))
             return {name for name, there in zip(names, pipe.execute(), strict=True) if there}
 
+    @override
     def add(self, blobs: Mapping[str, bytes]) -> set[str]:
-        """See `Blobs.add`. One transaction."""
+        """One transaction."""
         with self._asking(), self._transaction() as pipe:
             for name, data in blobs.items():
                 pipe.set(self._key(name), data, nx=True)
@@ -139,8 +150,9 @@ class RedisBlobs(Blobs, Payloads):
                 pipe.sadd(self._key(kind), own_id)
             return {name for name, added in zip(blobs, pipe.execute(), strict=False) if added}
 
+    @override
     def write(self, blobs: Mapping[str, bytes]) -> None:
-        """See `Blobs.write`. One transaction."""
+        """One transaction."""
         with self._asking(), self._transaction() as pipe:
             for name, data in blobs.items():
                 kind, _, own_id = name.partition("/")
@@ -148,8 +160,9 @@ class RedisBlobs(Blobs, Payloads):
                 pipe.sadd(self._key(kind), own_id)
             pipe.execute()
 
+    @override
     def remove(self, names: Sequence[str]) -> None:
-        """See `Blobs.remove`. One transaction."""
+        """One transaction."""
         with self._asking(), self._transaction() as pipe:
             for name in names:
                 kind, _, own_id = name.partition("/")
@@ -157,25 +170,26 @@ class RedisBlobs(Blobs, Payloads):
                 pipe.srem(self._key(kind), own_id)
             pipe.execute()
 
+    @override
     def sizes(self, kind: Kind) -> dict[str, int]:
-        """See `Blobs.sizes`. What the server evicted by a policy of its own is not there."""
+        """Blobs that the server evicted by a policy of its own are not there."""
         with self._asking():
             ids = [member.decode() for member in cast("set[bytes]", self._client.smembers(self._key(kind)))]
             found: dict[str, int] = {}
-            for some in _in_batches(ids):
+            for some in in_batches(ids):
                 pipe = self._client.pipeline(transaction=False)
                 for own_id in some:
                     pipe.strlen(self._key(f"{kind}/{own_id}"))
                 found |= {own_id: size for own_id, size in zip(some, pipe.execute(), strict=True) if size}
         return found
 
+    @override
     def use(self, handle_id: str) -> None:
-        """See `Blobs.use`."""
         with self._asking():
             self._client.eval(_TOUCH, 1, self._key("uses"), handle_id)
 
+    @override
     def uses(self, handle_id: str | None = None) -> dict[str, float]:
-        """See `Blobs.uses`."""
         with self._asking():
             if handle_id is not None:
                 score = cast("float | None", self._client.zscore(self._key("uses"), handle_id))
@@ -183,32 +197,29 @@ class RedisBlobs(Blobs, Payloads):
             scores = cast("list[tuple[bytes, float]]", self._client.zrange(self._key("uses"), 0, -1, withscores=True))
             return {member.decode(): score for member, score in scores}
 
+    @override
     def forget_uses(self, handle_ids: Sequence[str]) -> None:
-        """See `Blobs.forget_uses`."""
         if handle_ids:
             with self._asking():
                 self._client.zrem(self._key("uses"), *handle_ids)
 
+    @override
     def now(self) -> float:
-        """See `Blobs.now`. The server's clock."""
+        """The server's clock."""
         with self._asking():
             seconds, microseconds = cast("tuple[int, int]", self._client.time())
         return seconds + microseconds / 1e6
 
+    @override
     def read_payload(self, name: str, size: int) -> bytearray | None:
-        """See `Payloads.read_payload`."""
-        key, data = self._key(f"payload/{name}"), bytearray(size)
-        for index in range(math.ceil(size / PAYLOAD_CHUNK)):
-            start = index * PAYLOAD_CHUNK
+        def chunk(index: int) -> bytes | None:
             with self._asking():
-                chunk = cast("bytes | None", self._client.hget(key, str(index)))
-            if chunk is None or len(chunk) != min(PAYLOAD_CHUNK, size - start):
-                return None
-            data[start : start + len(chunk)] = chunk
-        return data
+                return cast("bytes | None", self._client.hget(self._key(f"payload/{name}"), str(index)))
 
+        return gathered(size, chunk)
+
+    @override
     def write_payload(self, name: str, size: int, chunks: Iterable[bytes | memoryview]) -> None:
-        """See `Payloads.write_payload`."""
         key = self._key(f"payload/{name}")
         for index, chunk in enumerate(rechunked(chunks, PAYLOAD_CHUNK)):
             with self._asking():
@@ -217,16 +228,16 @@ class RedisBlobs(Blobs, Payloads):
                 pipe.expire(key, PAYLOAD_SECONDS)
                 pipe.execute()
 
+    @override
     def keep_payload(self, name: str, size: int) -> None:
-        """See `Payloads.keep_payload`."""
         with self._asking():
             pipe = self._client.pipeline()
             pipe.persist(self._key(f"payload/{name}"))
             pipe.hset(self._key("payloads"), name, str(size))
             pipe.execute()
 
+    @override
     def remove_payloads(self, names: Sequence[str]) -> None:
-        """See `Payloads.remove_payloads`."""
         if names:
             with self._asking():
                 pipe = self._client.pipeline()
@@ -234,19 +245,16 @@ class RedisBlobs(Blobs, Payloads):
                 pipe.hdel(self._key("payloads"), *names)
                 pipe.execute()
 
+    @override
     def payload_sizes(self) -> dict[str, int]:
-        """See `Payloads.payload_sizes`."""
         with self._asking():
             sizes = cast("dict[bytes, bytes]", self._client.hgetall(self._key("payloads")))
         return {name.decode(): int(size) for name, size in sizes.items()}
 
-    def remove_abandoned(self, referred: set[str]) -> None:
-        """See `Payloads.remove_abandoned`. Whoever is still writing a payload has not registered it yet."""
-        self.remove_payloads([name for name in self.payload_sizes() if name not in referred])
-
+    @override
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """See `Blobs.writing`.
+        """One writer at a time.
 
         Raises:
             StoreUnavailableError: Other writers' turns took longer than the timeout.
@@ -267,12 +275,8 @@ class RedisBlobs(Blobs, Payloads):
             self._held.token = None
             self._ask_lock(_RELEASE, key, token)
 
-    def removing(self) -> Any:
-        """See `Blobs.removing`. The same as `writing`: there is one lock."""
-        return self.writing()
-
+    @override
     def close(self) -> None:
-        """See `Blobs.close`."""
         self._client.close()
 
     def _key(self, name: str) -> str:
@@ -303,9 +307,3 @@ class RedisBlobs(Blobs, Payloads):
             raise StoreUnavailableError(lost) from error
         finally:
             pipe.reset()
-
-
-def _in_batches(items: list[str], size: int = 1000) -> Iterator[list[str]]:
-    """Items in lists of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

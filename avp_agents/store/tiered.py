@@ -6,7 +6,9 @@ import builtins
 import contextlib
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from typing_extensions import override
 
 from avp_agents.context import Context
 from avp_agents.errors import (
@@ -18,9 +20,8 @@ from avp_agents.errors import (
 )
 from avp_agents.handle import ContextHandle
 from avp_agents.lineage import same_values
-from avp_agents.store.base import AnyHandle, ContextStore, PruneReport, StoreStats, id_of_handle
-from avp_agents.store.disk import DiskStore
-from avp_agents.store.lookups import Lookups
+from avp_agents.store.base import AnyHandle, ContextStore, Lookups, PruneReport, StoreStats, id_of_handle
+from avp_agents.store.files import DiskStore
 from avp_agents.store.memory import MemoryStore
 from avp_agents.store.namespace import Namespace
 
@@ -37,7 +38,7 @@ def default_store(namespace: Namespace | str = "default") -> TieredStore:
         NamespaceKeyError: The namespace's key cannot be used.
         StoreError: The folder cannot be created.
     """
-    tenant = namespace if isinstance(namespace, Namespace) else Namespace.load(namespace)
+    tenant = Namespace.of(namespace)
     return TieredStore(
         MemoryStore(namespace=tenant, byte_budget=DEFAULT_MEMORY_BYTES),
         DiskStore(namespace=tenant, byte_budget=DEFAULT_DISK_BYTES),
@@ -45,8 +46,8 @@ def default_store(namespace: Namespace | str = "default") -> TieredStore:
 
 
 @dataclass(frozen=True)
-class _Owed:
-    """How a context was put that the lower tier does not have yet."""
+class _Wanted:
+    """How a context was put."""
 
     kv: bool
     scope: str
@@ -82,10 +83,12 @@ class TieredStore(ContextStore):
         super().__init__(namespace=lower.namespace, byte_budget=total, ttl=lower.ttl)
         self.upper, self.lower = upper, lower
         self._share_kv = share_kv
-        self._owed: dict[str, _Owed] = {}
+        # what the lower tier does not have yet
+        self._owed: dict[str, _Wanted] = {}
         self._lookups = Lookups()
         upper.spill_to(self._spill)
 
+    @override
     def put(
         self,
         context: Context,
@@ -96,17 +99,19 @@ class TieredStore(ContextStore):
         text: str = "",
         ttl: float | None = None,
     ) -> ContextHandle:
-        """See `ContextStore.put`. The lineage is in the lower tier when this returns, the KV-cache in the upper."""
+        """The lineage is in the lower tier when this returns, the KV-cache in the upper."""
+        wanted = _Wanted(kv, scope, agent, text, ttl)
         try:
-            return self._put_below(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
+            return self._put_below(context, wanted)
         except StoreUnavailableError as error:
             log.warning("A context is kept in memory until the store below is back: %s", error)
             handle = self.upper.put(context, kv=kv, scope=scope, agent=agent, text=text, ttl=ttl)
-            self._owed[handle.id] = _Owed(kv, scope, agent, text, ttl)
+            self._owed[handle.id] = wanted
             return handle
 
+    @override
     def get(self, handle: AnyHandle, *, scope: str | None = None) -> Context:
-        """See `ContextStore.get`. What only the lower tier has is promoted."""
+        """A context that only the lower tier has is promoted."""
         try:
             context = self._find(id_of_handle(handle), scope)
         except ContextLostError:
@@ -115,37 +120,39 @@ class TieredStore(ContextStore):
         self._lookups.count(hit=True)
         return context
 
+    @override
     def contains(self, handle: AnyHandle) -> bool:
-        """See `ContextStore.contains`."""
         try:
             self._settle(id_of_handle(handle))
             return self.lower.contains(handle) or (self.upper.contains(handle) and self.lower.touch(handle))
         except StoreUnavailableError:
             return self.upper.contains(handle)
 
+    @override
     def touch(self, handle: AnyHandle) -> bool:
-        """See `ContextStore.touch`."""
         above = self.upper.touch(handle)
         try:
             return self.lower.touch(handle)
         except StoreUnavailableError:
             return above
 
+    @override
     def delete(self, handle: AnyHandle) -> bool:
-        """See `ContextStore.delete`."""
         found = self.lower.delete(handle)
         owed = self._owed.pop(id_of_handle(handle), None)
         self.upper.delete(handle)
         return found or owed is not None
 
+    @override
     def discard(self, handles: Iterable[AnyHandle], *, idle: float = 0.0, dry_run: bool = False) -> PruneReport:
-        """See `ContextStore.discard`. Reports what left the lower tier."""
+        """Reports what left the lower tier."""
         report = self.lower.discard(handles, idle=idle, dry_run=dry_run)
         self._forget_above()
         return report
 
+    @override
     def add_kv(self, context: Context) -> bool:
-        """See `ContextStore.add_kv`. It goes to the upper tier where that has the context, else to the lower."""
+        """It goes to the upper tier where that has the context, else to the lower."""
         try:
             if not self.lower.contains(context.to_handle()):
                 return False
@@ -153,40 +160,40 @@ class TieredStore(ContextStore):
             return self.upper.add_kv(context)
         return self.upper.add_kv(context) or self.lower.add_kv(context)
 
+    @override
     def drop_kv(self, handle: AnyHandle) -> int:
-        """See `ContextStore.drop_kv`."""
         return self.upper.drop_kv(handle) + self.lower.drop_kv(handle)
 
+    @override
     def pin(self, handle: AnyHandle) -> None:
-        """See `ContextStore.pin`."""
         self.lower.pin(handle)
         with contextlib.suppress(ContextLostError):
             self.upper.pin(handle)
 
+    @override
     def unpin(self, handle: AnyHandle) -> None:
-        """See `ContextStore.unpin`."""
         self.lower.unpin(handle)
         self.upper.unpin(handle)
 
+    @override
     def list(self, *, scope: str | None = None) -> builtins.list[ContextHandle]:
-        """See `ContextStore.list`."""
         return self.lower.list(scope=scope)
 
+    @override
     def prune(self) -> PruneReport:
-        """See `ContextStore.prune`. Reports what left the lower tier."""
+        """Reports what left the lower tier."""
         self.upper.prune()
         report = self.lower.prune()
         self._forget_above()
         return report
 
+    @override
     def stats(self) -> StoreStats:
-        """See `ContextStore.stats`. Contexts, segments and pins are the lower tier's; bytes are those of both."""
+        """Contexts, segments and pins are the lower tier's; bytes are those of both."""
         upper, lower = self.upper.stats(), self.lower.stats()
         hits, misses = self._lookups.counts()
-        return StoreStats(
-            contexts=lower.contexts,
-            segments=lower.segments,
-            pinned=lower.pinned,
+        return replace(
+            lower,
             lineage_bytes=upper.lineage_bytes + lower.lineage_bytes,
             kv_bytes=upper.kv_bytes + lower.kv_bytes,
             byte_budget=self.byte_budget,
@@ -196,6 +203,7 @@ class TieredStore(ContextStore):
             integrity_failures=upper.integrity_failures + lower.integrity_failures,
         )
 
+    @override
     def close(self) -> None:
         """Close both tiers."""
         self.upper.close()
@@ -240,23 +248,23 @@ class TieredStore(ContextStore):
         self._keep_above(stored)
         return stored
 
-    def _put_below(
-        self, context: Context, *, kv: bool, scope: str, agent: str, text: str, ttl: float | None
-    ) -> ContextHandle:
+    def _put_below(self, context: Context, wanted: _Wanted) -> ContextHandle:
         """Put a context into both tiers.
 
         Raises:
             StoreUnavailableError: The lower one cannot be asked.
         """
-        known = self.lower.contains(self.id_of(context, scope=scope))
-        below = kv and self._share_kv
-        handle = self.lower.put(context, kv=below, scope=scope, agent=agent, text=text, ttl=ttl)
+        known = self.lower.contains(self.id_of(context, scope=wanted.scope))
+        below = wanted.kv and self._share_kv
+        handle = self.lower.put(
+            context, kv=below, scope=wanted.scope, agent=wanted.agent, text=wanted.text, ttl=wanted.ttl
+        )
         if known and not self.upper.contains(handle):
-            stored = self.lower.get(handle, scope=scope)
+            stored = self.lower.get(handle, scope=wanted.scope)
             if not same_values(stored, context):
                 self._keep_above(stored)
                 return handle
-        self._keep_above(context, kv=kv)
+        self._keep_above(context, kv=wanted.kv)
         return handle
 
     def _settle(self, handle_id: str) -> None:
@@ -270,7 +278,7 @@ class TieredStore(ContextStore):
             return
         if self.upper.contains(handle_id):
             context = self.upper.get(handle_id)
-            self._put_below(context, kv=owed.kv, scope=owed.scope, agent=owed.agent, text=owed.text, ttl=owed.ttl)
+            self._put_below(context, owed)
         self._owed.pop(handle_id, None)
 
     def _keep_above(self, context: Context, *, kv: bool = True) -> None:

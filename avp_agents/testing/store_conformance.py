@@ -1,4 +1,4 @@
-"""What every context store promises, as a pytest class. A backend passes it or it is not one.
+"""The promises of every context store, as a pytest class. A backend passes it or it is not one.
 
 >>> class TestMyStore(ContextStoreConformance):
 ...     def make_store(self, **options):

@@ -1,4 +1,4 @@
-"""What the parts of the store suite have in common."""
+"""The ground that the parts of the store suite stand on: stores to test, and namespaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes into a store comes out of it: values, KV-caches, and families of contexts that share a beginning."""
+"""Whatever goes into a store comes out of it: values, KV-caches, and families of contexts that share a beginning."""
 
 from __future__ import annotations
 

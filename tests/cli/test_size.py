@@ -14,10 +14,10 @@ from avp_agents.cli import app
 from avp_agents.context import Context, LatentRecipe, LatentSegment, Readout, TokenSegment
 from avp_agents.engine.core.latent_step import READOUT_K
 from avp_agents.errors import ModelNotFoundError, UnsupportedModelError
-from avp_agents.evals.sizing import READOUT_TOKENS, ContextSize, ModelSizes
 from avp_agents.kv_cache import HostKv
 from avp_agents.protocol.frame_metadata import SectionKind
 from avp_agents.protocol.kv_storage import store_tensor
+from avp_agents.sizing import READOUT_TOKENS, ContextSize, ModelSizes
 from avp_agents.store import Namespace, ObjectStore
 
 MODEL = ModelSizes("small", layers=3, kv_heads=2, key_dim=8, value_dim=8, hidden=16)

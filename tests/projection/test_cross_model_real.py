@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
-from avp_agents.evals.comprehension import read_items
-from avp_agents.evals.served_model import served_model
 from avp_agents.transport import RemoteEngine
 from avp_agents.transport.client import hand_over
+from avp_bench.comprehension import read_items
+from avp_bench.served_model import served_model
 
 PARAGRAPHS = 2
 

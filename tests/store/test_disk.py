@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, ContextLostError, StoreError
 from avp_agents.kv_cache import HostKv
-from avp_agents.store import DiskStore, Namespace, durable
+from avp_agents.store import DiskStore, Namespace
+from avp_agents.store import files as store_files
 from avp_agents.testing import ContextStoreConformance, make_context
 from avp_agents.testing.contexts import assert_same_kv, assert_same_lineage, thread_of
 from avp_agents.testing.store_suite import OTHER_NAME, TENANT
@@ -249,7 +251,7 @@ def test_a_full_disk_is_reported_and_tears_nothing(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(durable.os, "fsync", full)
+        patched.setattr(store_files.os, "fsync", full)
         with pytest.raises(StoreError, match="No space left"):
             store.put(make_context())
 
@@ -386,3 +388,44 @@ def test_namespaces_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
         DiskStore(tmp_path, namespace=Namespace("tenant", key)).put(make_context())
 
     assert len(list(tmp_path.iterdir())) == len(keys)
+
+
+def test_the_readout_of_a_context_put_at_the_same_time_as_its_child_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child's segments include the parent's, without the parent's readout."""
+    store, other = disk_store(tmp_path), disk_store(tmp_path)
+    parent = make_context()
+    turns = iter([lambda: other.put(make_context(parent=make_context(), seed=1))])
+    writing = store.blobs.writing
+
+    def overtaken() -> AbstractContextManager[None]:
+        for put in turns:
+            put()
+        return writing()
+
+    monkeypatch.setattr(store.blobs, "writing", overtaken)
+
+    handle = store.put(parent)
+
+    assert_same_lineage(disk_store(tmp_path).get(handle), make_context())
+
+
+def test_a_longer_kv_cache_stored_meanwhile_is_not_replaced_by_a_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = disk_store(tmp_path), disk_store(tmp_path)
+    turns = iter([lambda: other.put(make_context(steps=0))])
+    make_room = store._make_room
+
+    def overtaken(*arguments: Any, **options: Any) -> bool:
+        if options.get("kv_only"):
+            for put in turns:
+                put()
+        return make_room(*arguments, **options)
+
+    monkeypatch.setattr(store, "_make_room", overtaken)
+
+    handle = store.put(make_context(steps=0, kv_short=5))
+
+    assert store.get(handle).kv_len == 12

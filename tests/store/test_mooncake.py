@@ -13,7 +13,7 @@ import pytest
 from servers import Server, mooncake_master
 
 from avp_agents.errors import StoreUnavailableError
-from avp_agents.store import opening
+from avp_agents.store import open_store as store_at
 from avp_agents.store.mooncake import MooncakeStore
 from avp_agents.store.redis import RedisStore
 from avp_agents.testing import ContextStoreConformance, make_context
@@ -80,7 +80,7 @@ def test_another_process_gets_the_kv_cache(redis_url: str, master: Server) -> No
 def test_a_url_names_it(redis_url: str, master: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AVP_STORE_KEY", "22" * 32)
     url = f"mooncake+{redis_url}?master=127.0.0.1:{master.port}&host=127.0.0.1&memory_bytes={MEMORY}"
-    store, other = opening.open_store(url), opening.open_store(url)
+    store, other = store_at(url), store_at(url)
 
     handle = store.put(make_context())
 

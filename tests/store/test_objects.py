@@ -17,6 +17,7 @@ from servers import Server, s3_server
 
 from avp_agents.errors import ConfigurationError, StoreUnavailableError
 from avp_agents.store import MemoryStore, ObjectStore, TieredStore
+from avp_agents.store.objects import ObjectBlobs
 from avp_agents.testing import ContextStoreConformance, make_context
 from avp_agents.testing.contexts import assert_same_kv
 from avp_agents.testing.store_suite import TENANT
@@ -164,7 +165,8 @@ def test_payloads_that_nothing_refers_to_go_once_nothing_can(tmp_path: Path, fol
         path.write_bytes(b"left by a killed writer, or just being written")
     os.utime(old, (0, 0))
 
-    folder.payloads.remove_abandoned({path.name for path in payloads.iterdir()} - {young.name, old.name})
+    assert isinstance(folder.blobs, ObjectBlobs)
+    folder.blobs.remove_abandoned({path.name for path in payloads.iterdir()} - {young.name, old.name})
 
     assert young.exists()
     assert not old.exists()
