@@ -15,7 +15,7 @@ from crewai import Agent, Crew, Task
 
 from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
 from avp_agents.engine.protocol import Engine
-from avp_crewai.exchange import Call
+from avp_crewai.exchange import LlmOptions
 from avp_crewai.handoffs import Caller
 from avp_crewai.llm import AvpLLM
 from avp_crewai.reply import ReplyForm
@@ -27,7 +27,7 @@ _WARM_UP = DemoRequest("How many days are there in two weeks?", latent_steps=2, 
 class _FixedLengthLLM(AvpLLM):
     """Decodes `max_tokens` tokens, whatever the model would rather do."""
 
-    def _call(self, caller: Caller, form: ReplyForm) -> Call:
+    def _call(self, caller: Caller, form: ReplyForm) -> LlmOptions:
         call = super()._call(caller, form)
         call.generate["min_tokens"] = int(self.max_tokens or 1)
         return call

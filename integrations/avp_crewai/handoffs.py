@@ -15,31 +15,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from crewai.context import get_current_task_id
 from crewai.task import Task
 
+from avp_agents.agent.ladder import Fallback, Ladder, OnMissing, Prepared
+from avp_agents.agent.steps import Plan, in_thread
+from avp_agents.agent.turns import Scope
 from avp_agents.context import Context
 from avp_agents.engine.protocol import Engine
-from avp_agents.errors import (
-    AvpError,
-    ContextLostError,
-    FingerprintMismatchError,
-    InvalidHandleError,
-    StoreUnavailableError,
-)
+from avp_agents.errors import AvpError, ContextLostError
 from avp_agents.handle import ContextHandle
 from avp_agents.prompt.chat_messages import Message
-from avp_agents.usage import HandoffMode
 from avp_crewai.messages import what_follows, what_was_put_in
 from avp_crewai.predecessors import HandedText, Predecessor, find_handed_text
-from avp_crewai.runs import Run, Turn, run_of
+from avp_crewai.runs import PastCall, Run, run_of
 
 logger = logging.getLogger("avp_crewai")
-
-OnMissing = Literal["text", "error"]
-_UNRESOLVED = (ContextLostError, StoreUnavailableError, InvalidHandleError, FingerprintMismatchError)
 
 
 @dataclass(frozen=True)
@@ -84,13 +77,17 @@ class Caller:
         current = get_current_task_id()
         return current if self.task is not None and current != str(self.task.id) else None
 
+    def handed_text(self, messages: list[Message]) -> HandedText | None:
+        """What CrewAI put into the prompt for the task's predecessors."""
+        return None if self.task is None else find_handed_text(self.task, self.crew, messages)
+
     def run(self) -> Run | None:
         """The run that the call belongs to."""
         return run_of(self.crew, get_current_task_id())
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Basis:
     """A prompt, and what it is answered on.
 
     Attributes:
@@ -108,35 +105,38 @@ class Prepared:
     fallbacks: tuple[str, ...] = ()
     is_lost: bool = False
     put_in: str = ""
-    continued: Turn | None = None
-    as_text: Prepared | None = None
+    continued: PastCall | None = None
+    as_text: Basis | None = None
 
     @property
-    def mode_without_context(self) -> HandoffMode:
-        """The rung of the ladder where no context was used."""
-        return "lost" if self.is_lost else "text" if self.fallbacks else "none"
+    def prepared(self) -> Prepared:
+        """The same, to tell which rung of the ladder was taken: beside a context, text is none."""
+        if self.contexts or not self.fallbacks:
+            return Prepared(self.prompt, None)
+        fallback = Fallback("lost" if self.is_lost else "text", "; ".join(self.fallbacks))
+        return Prepared(self.prompt, None, (fallback,))
 
 
-def prepare(
+def find_basis(
     caller: Caller, run: Run | None, messages: list[Message], engine: Engine, on_missing: OnMissing
-) -> Prepared:
+) -> Plan[Basis]:
     """Find what a call builds on.
 
     Raises:
         ContextLostError: `on_missing` is ``"error"``, and a context is lost.
     """
-    handed = None if caller.task is None else find_handed_text(caller.task, caller.crew, messages)
-    plain = Prepared(messages, put_in="" if handed is None else handed.text)
+    handed = yield from in_thread(caller.handed_text, messages)
+    plain = Basis(messages, put_in="" if handed is None else handed.text)
     if run is None:
         return plain
     found = _Lookup(engine, run, on_missing)
-    return (
-        _own(caller, messages, plain, found)
-        or _predecessors(handed, messages, plain, found)
-        or _delegation(caller, plain, found)
-        or (_given(caller, plain, found) if handed is None else None)
-        or replace(plain, fallbacks=tuple(found.fallbacks))
+    basis = (yield from _own(caller, messages, plain, found)) or (
+        yield from _predecessors(handed, messages, plain, found)
     )
+    basis = basis or (yield from _delegation(caller, plain, found))
+    if basis is None and handed is None:
+        basis = yield from _given(caller, plain, found)
+    return basis or replace(plain, fallbacks=tuple(found.fallbacks))
 
 
 class _Lookup:
@@ -145,16 +145,16 @@ class _Lookup:
     def __init__(self, engine: Engine, run: Run, on_missing: OnMissing) -> None:
         self.run = run
         self.fallbacks: list[str] = []
-        self._engine, self._on_missing = engine, on_missing
+        self._ladder, self._on_missing = Ladder(engine, Scope(run.scope, run.scope), on_missing), on_missing
 
-    def context(self, handle: ContextHandle, what: str) -> Context | None:
-        try:
-            return self._engine.resolve(handle, scope=self.run.scope)
-        except _UNRESOLVED as error:
-            if self._on_missing == "error" and isinstance(error, ContextLostError):
-                raise ContextLostError(f"The context of {what} is lost: {error}") from error
-            self.fall_back(what, error)
-            return None
+    def context(self, handle: ContextHandle, what: str) -> Plan[Context | None]:
+        found = yield from self._ladder.resolve(handle)
+        if isinstance(found, Context):
+            return found
+        if self._on_missing == "error" and isinstance(found, ContextLostError):
+            raise ContextLostError(f"The context of {what} is lost: {found}") from found
+        self.fall_back(what, found)
+        return None
 
     def fall_back(self, what: str, reason: AvpError | str) -> None:
         level = logging.WARNING if isinstance(reason, AvpError) else logging.INFO
@@ -162,7 +162,7 @@ class _Lookup:
         self.fallbacks.append(f"{what}: {reason}")
 
 
-def _own(caller: Caller, messages: list[Message], plain: Prepared, found: _Lookup) -> Prepared | None:
+def _own(caller: Caller, messages: list[Message], plain: Basis, found: _Lookup) -> Plan[Basis | None]:
     for turn in found.run.turns_of(caller.key):
         new, put_in = what_follows(turn.messages, turn.answer, messages), plain.put_in
         if new is None:
@@ -170,18 +170,22 @@ def _own(caller: Caller, messages: list[Message], plain: Prepared, found: _Looku
             put_in = "" if new is None else new[0]["content"]
         if new is None:
             continue
-        context = found.context(turn.handle, "the agent's own conversation")
+        context = yield from found.context(turn.handle, "the agent's own conversation")
         if context is not None:
             return replace(plain, prompt=new, contexts=(context,), put_in=put_in, continued=turn)
     return None
 
 
 def _predecessors(
-    handed: HandedText | None, messages: list[Message], plain: Prepared, found: _Lookup
-) -> Prepared | None:
+    handed: HandedText | None, messages: list[Message], plain: Basis, found: _Lookup
+) -> Plan[Basis | None]:
     if handed is None:
         return None
-    contexts = {p.key: context for p in handed.predecessors if (context := _context_of(p, found)) is not None}
+    contexts: dict[str, Context] = {}
+    for predecessor in handed.predecessors:
+        context = yield from _context_of(predecessor, found)
+        if context is not None:
+            contexts[predecessor.key] = context
     if not contexts:
         return None
     base = _not_held_by_others(list(contexts.values()))
@@ -195,11 +199,11 @@ def _predecessors(
     )
 
 
-def _context_of(predecessor: Predecessor, found: _Lookup) -> Context | None:
+def _context_of(predecessor: Predecessor, found: _Lookup) -> Plan[Context | None]:
     what = f"task {predecessor.name!r}"
     turn = found.run.turn_that_put_out(predecessor.key, predecessor.output.raw)
     if turn is not None:
-        return found.context(turn.handle, what)
+        return (yield from found.context(turn.handle, what))
     if found.run.turns_of(predecessor.key):
         found.fall_back(what, "its output is not what its LLM answered")
     else:
@@ -217,12 +221,12 @@ def _not_held_by_others(contexts: Sequence[Context]) -> list[Context]:
     return kept
 
 
-def _delegation(caller: Caller, plain: Prepared, found: _Lookup) -> Prepared | None:
+def _delegation(caller: Caller, plain: Basis, found: _Lookup) -> Plan[Basis | None]:
     key = caller.delegating_key
     turns = [] if key is None else found.run.turns_of(key)
     if not turns:
         return None
-    context = found.context(turns[0].handle, "the delegating agent")
+    context = yield from found.context(turns[0].handle, "the delegating agent")
     if context is None:
         return None
     too_long = "the delegating agent: its context does not fit the model's window"
@@ -234,10 +238,10 @@ def _delegation(caller: Caller, plain: Prepared, found: _Lookup) -> Prepared | N
     )
 
 
-def _given(caller: Caller, plain: Prepared, found: _Lookup) -> Prepared | None:
+def _given(caller: Caller, plain: Basis, found: _Lookup) -> Plan[Basis | None]:
     if found.run.given is None or caller.is_incidental:
         return None
-    context = found.context(found.run.given, "the given context")
+    context = yield from found.context(found.run.given, "the given context")
     if context is None:
         return replace(plain, is_lost=True, fallbacks=tuple(found.fallbacks))
     return replace(plain, contexts=(context,), fallbacks=tuple(found.fallbacks))

@@ -8,13 +8,12 @@ A crew stays as it is: which context a task builds on follows from the crew itse
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Never, Self
 
 from crewai.events.types.llm_events import LLMCallType
 from crewai.hooks.dispatch import HookAborted
@@ -22,6 +21,9 @@ from crewai.llms.base_llm import BaseLLM, LLMCallBlockedError, llm_call_context
 from crewai.llms.context_window import CONTEXT_WINDOW_USAGE_RATIO
 from pydantic import BaseModel, Field, SkipValidation, model_validator
 
+from avp_agents.agent.exchange import one_line
+from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.steps import Telling, arun, in_thread, run
 from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import LatentMethod
@@ -30,13 +32,13 @@ from avp_agents.engine.registry import shared_engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.handle import ContextHandle
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
-from avp_crewai.answers import THOUGHT_LINE, people_line, thought_line, usage_of
-from avp_crewai.exchange import Call, Exchange, Mode, Outcome
-from avp_crewai.handoffs import Caller, OnMissing
+from avp_crewai.answers import THOUGHT_LINE, thought_line, usage_of
+from avp_crewai.exchange import Exchange, LlmOptions, Mode, Outcome
+from avp_crewai.handoffs import Caller
 from avp_crewai.messages import read_messages
 from avp_crewai.registration import LLM_TYPE
 from avp_crewai.reply import Reply, ReplyForm
-from avp_crewai.runs import Label, Turn
+from avp_crewai.runs import Label, PastCall
 
 if TYPE_CHECKING:
     from crewai.agents.agent_builder.base_agent import BaseAgent
@@ -51,7 +53,7 @@ class AvpLLM(BaseLLM):
     """An LLM for CrewAI that runs in this process and can hand over what it thought instead of what it wrote.
 
     No weights are loaded when it is made: the first call looks the engine up, which LLMs of the same model and options
-    share. Fields that are None leave the engine's default (see `avp_agents.engine.protocol.GenerateOptions`).
+    share. Fields that are None leave the engine's default (see `avp_agents.answer.options.GenerateOptions`).
 
     Inside of a crew, a task's answer leaves a context, and the next task's prompt is answered on top of it: the text
     that CrewAI puts into the prompt for it is left out. Tool results and retries continue the task's own context. When
@@ -190,10 +192,7 @@ class AvpLLM(BaseLLM):
             As the class says.
         """
         caller = Caller(from_task, from_agent)
-        with self._reported(caller, messages, tools, callbacks, available_functions) as formatted:
-            form = ReplyForm(tools or (), response_model)
-            exchange = self._exchange(self._engine(), caller, formatted, form)
-            return self._reply(exchange, exchange.run(), formatted, available_functions)
+        return run(self._answered(caller, messages, tools, callbacks, available_functions, response_model))
 
     async def acall(
         self,
@@ -207,12 +206,7 @@ class AvpLLM(BaseLLM):
     ) -> str | Any:
         """`call` on an event loop, which it does not block; cancelling the task ends the request in the engine."""
         caller = Caller(from_task, from_agent)
-        with self._reported(caller, messages, tools, callbacks, available_functions) as formatted:
-            form = ReplyForm(tools or (), response_model)
-            engine = await asyncio.to_thread(self._engine)
-            exchange = self._exchange(engine, caller, formatted, form)
-            outcome = await exchange.arun()
-            return await asyncio.to_thread(self._reply, exchange, outcome, formatted, available_functions)
+        return await arun(self._answered(caller, messages, tools, callbacks, available_functions, response_model))
 
     def supports_function_calling(self) -> bool:
         """Whether CrewAI may pass tools; see `native_tools`."""
@@ -260,16 +254,33 @@ class AvpLLM(BaseLLM):
         model = None if self.model == _default_name() else self.model
         return shared_engine(model, self.engine_options, namespace=self.namespace)
 
+    def _answered(
+        self,
+        caller: Caller,
+        messages: Any,
+        tools: list[dict[str, Any]] | None,
+        callbacks: Any,
+        available_functions: dict[str, Any] | None,
+        response_model: type[BaseModel] | None,
+    ) -> Telling[Never, Any]:
+        with self._reported(caller, messages, tools, callbacks, available_functions) as formatted:
+            form = ReplyForm(tools or (), response_model)
+            engine = yield from in_thread(self._engine)
+            exchange = self._exchange(engine, caller, formatted, form)
+            outcome = yield from exchange.answer()
+            return (yield from in_thread(self._reply, exchange, outcome, formatted, available_functions))
+
     def _exchange(self, engine: Engine, caller: Caller, formatted: list[LLMMessage], form: ReplyForm) -> Exchange:
         reader = form.reader(engine)
 
-        def report(chunk: Chunk) -> None:
+        def report(chunk: Chunk) -> tuple[Never, ...]:
             if chunk.reasoning and is_streaming:
                 self._emit_thinking_chunk_event(chunk.reasoning, caller.task, caller.agent)
-            for piece, tool_call in reader.feed(chunk.text):
+            for piece, tool_call in reader.told(chunk):
                 if is_streaming and (piece or tool_call):
                     kind = LLMCallType.TOOL_CALL if tool_call else LLMCallType.LLM_CALL
                     self._emit_stream_chunk_event(piece, caller.task, caller.agent, tool_call, kind)
+            return ()
 
         is_streaming = bool(self._effective_stream()) and not (self.mode == "latent" and form.is_text)
         messages = read_messages(formatted)
@@ -277,10 +288,10 @@ class AvpLLM(BaseLLM):
             messages = form.instructed(messages)
         return Exchange(engine, self._call(caller, form), caller, messages, form, reader, report)
 
-    def _call(self, caller: Caller, form: ReplyForm) -> Call:
+    def _call(self, caller: Caller, form: ReplyForm) -> LlmOptions:
         """The options of one call, with those that CrewAI set for it alone."""
-        run = caller.run()
-        source = "" if run is None else run.scope
+        kickoff = caller.run()
+        source = "" if kickoff is None else kickoff.scope
         sampling = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
         generate = GenerateOptions(**sampling, source=source)
         if self.max_tokens is not None:
@@ -290,7 +301,7 @@ class AvpLLM(BaseLLM):
             generate |= {"stop": self.stop_sequences, "min_tokens": 1}
         thinking = {"method": self.latent_method, "k": self.latent_k, "timeout": self.timeout}
         think = ThinkOptions(**{name: value for name, value in thinking.items() if value is not None}, source=source)
-        return Call(
+        return LlmOptions(
             mode=self.mode,
             latent_steps=self.latent_steps,
             summary_tokens=self.summary_tokens,
@@ -330,10 +341,10 @@ class AvpLLM(BaseLLM):
         caller, usage = exchange.caller, usage_of(outcome)
         with _counting:
             self._track_token_usage_internal(usage)
-        reply = exchange.reader.read(self._text(exchange, outcome))
+        reply = exchange.reader.reply(self._text(exchange, outcome))
         self._keep(exchange, outcome, reply, usage["avp"])
         self._emit_call_completed_event(
-            reply.value, reply.call_type, caller.task, caller.agent, formatted, usage, outcome.finish_reason
+            reply.value, reply.call_type, caller.task, caller.agent, formatted, usage, outcome.made.finish_reason
         )
         if reply.answer.tool_calls and available_functions:
             name, arguments = reply.answer.tool_calls[0]
@@ -344,24 +355,24 @@ class AvpLLM(BaseLLM):
 
     def _text(self, exchange: Exchange, outcome: Outcome) -> str:
         """What is read of an outcome: what was decoded, or the line of an agent that only thought."""
-        if not exchange.is_thought or outcome.text.strip():
-            return outcome.text
+        if not exchange.is_thought or outcome.made.text.strip():
+            return outcome.made.text
         return thought_line(self.latent_line, outcome, exchange.caller.role)
 
     def _keep(self, exchange: Exchange, outcome: Outcome, reply: Reply, metadata: dict[str, Any]) -> None:
         """Store the context, where the call belongs to a kickoff or a `handover` block."""
-        caller, prepared = exchange.caller, outcome.prepared
-        run = caller.run()
-        if run is None:
+        caller, basis = exchange.caller, outcome.basis
+        kickoff = caller.run()
+        if kickoff is None:
             return
         store = exchange.engine.store
 
-        def note(handle: ContextHandle) -> Turn:
+        def note(handle: ContextHandle) -> PastCall:
             metadata["handle"] = handle.id
-            return Turn(
+            return PastCall(
                 key=caller.key,
                 messages=exchange.messages,
-                put_in=prepared.put_in,
+                put_in=basis.put_in,
                 tools=exchange.form.tools,
                 answer=reply.answer,
                 outputs=reply.outputs,
@@ -370,8 +381,8 @@ class AvpLLM(BaseLLM):
                 metadata=metadata,
             )
 
-        label = Label(agent=caller.role, text=people_line(reply.answer.text))
-        run.keep(outcome.context, store, label, note, continued=prepared.continued)
+        label = Label(agent=caller.role, text=one_line(reply.answer.text))
+        kickoff.keep(outcome.made.context, store, label, note, continued=basis.continued)
 
 
 def _default_name() -> str:

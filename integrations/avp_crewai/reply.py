@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,17 +13,18 @@ from crewai.events.types.llm_events import LLMCallType
 from crewai.utilities.agent_utils import format_answer
 from pydantic import BaseModel, ValidationError
 
+from avp_agents.agent.exchange import AnswerReader
 from avp_agents.answer import (
-    CallDelta,
-    Delta,
     InvalidToolCall,
     TextDelta,
     ToolCall,
     ToolCalling,
+    ToolCallParser,
     ToolSpec,
     json_grammar,
     json_instruction,
 )
+from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions
 from avp_agents.answer.tool_format import ToolDefinition
 from avp_agents.engine.protocol import Engine
@@ -113,40 +114,34 @@ class ReplyForm:
         return ToolCalling([replace(ToolSpec.from_definition(tool), strict=False) for tool in self.tools])
 
 
-@dataclass
-class ReplyReader:
+class ReplyReader(AnswerReader):
     """Reads one answer while it is decoded.
 
-    Attributes:
+    Args:
         form: What it may be.
         parser: Splits text and tool calls, where there are tools.
     """
 
-    form: ReplyForm
-    parser: Any
-    _begun: dict[int, dict[str, Any]] = field(default_factory=dict)
+    def __init__(self, form: ReplyForm, parser: ToolCallParser | None) -> None:
+        super().__init__(parser)
+        self._form = form
+        self._begun: dict[int, dict[str, Any]] = {}
 
-    def feed(self, piece: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        """Take the next piece; yields what CrewAI's stream is told: text, or the arguments so far of a tool call."""
-        if self.parser is None:
-            yield piece, None
-            return
-        yield from self._told(self.parser.feed(piece))
-
-    def _told(self, deltas: Sequence[Delta]) -> Iterator[tuple[str, dict[str, Any] | None]]:
-        for delta in deltas:
+    def told(self, piece: Chunk) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """What CrewAI's stream is told of the next piece: text, or the arguments so far of a tool call."""
+        for delta in self.deltas(piece):
             if isinstance(delta, TextDelta):
                 yield delta.text, None
-            elif isinstance(delta, CallDelta):
-                call = self._begun.setdefault(
-                    delta.index,
-                    {"id": delta.id, "type": "function", "index": delta.index,
-                     "function": {"name": delta.name, "arguments": ""}},
-                )  # fmt: skip
-                call["function"]["arguments"] += delta.arguments
-                yield delta.arguments, {**call, "function": dict(call["function"])}
+                continue
+            call = self._begun.setdefault(
+                delta.index,
+                {"id": delta.id, "type": "function", "index": delta.index,
+                 "function": {"name": delta.name, "arguments": ""}},
+            )  # fmt: skip
+            call["function"]["arguments"] += delta.arguments
+            yield delta.arguments, {**call, "function": dict(call["function"])}
 
-    def read(self, text: str) -> Reply:
+    def reply(self, text: str) -> Reply:
         """What the whole answer says.
 
         Args:
@@ -155,15 +150,13 @@ class ReplyReader:
         Raises:
             UnusableAnswerError: The response model refuses it, or `max_tokens` cut a tool call off.
         """
-        if self.form.response_model is not None:
-            return _structured(text, self.form.response_model)
+        if self._form.response_model is not None:
+            return _structured(text, self._form.response_model)
         if self.parser is None:
             return _free_text(text)
-        self.parser.finish()
         if self.parser.invalid_calls:
             raise _cut_off(self.parser.invalid_calls[0])
-        calls: list[ToolCall] = self.parser.calls
-        return _called(calls) if calls else _free_text(self.parser.text)
+        return _called(self.parser.calls) if self.parser.calls else _free_text(self.text)
 
 
 def _free_text(text: str) -> Reply:

@@ -35,7 +35,7 @@ from avp_crewai.messages import Answer
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class PastCall:
     """One call of an LLM, and the context it left.
 
     Attributes:
@@ -82,16 +82,16 @@ class Run:
     scope: str
     given: ContextHandle | None = None
     keeps: bool = False
-    _turns: list[Turn] = field(default_factory=list)
+    _turns: list[PastCall] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def turns(self) -> list[Turn]:
+    def turns(self) -> list[PastCall]:
         """All of them, oldest first."""
         with self._lock:
             return list(self._turns)
 
-    def turns_of(self, key: str) -> list[Turn]:
+    def turns_of(self, key: str) -> list[PastCall]:
         """Those of one task (or agent), newest first."""
         return [turn for turn in reversed(self.turns) if turn.key == key]
 
@@ -100,16 +100,16 @@ class Run:
         context: Context,
         store: ContextStore,
         label: Label,
-        note: Callable[[ContextHandle], Turn],
-        continued: Turn | None = None,
-    ) -> Turn:
+        note: Callable[[ContextHandle], PastCall],
+        continued: PastCall | None = None,
+    ) -> PastCall:
         """Store a call's context, and note the call. A context that it continued, and thereby holds, is released.
 
         Args:
             context: What the call left.
             store: Where to put it.
             label: What people read beside its handle.
-            note: Makes the call's `Turn` of its handle.
+            note: Makes the call's `PastCall` of its handle.
             continued: The call whose context it continued; a run that keeps contexts does not release it.
         """
         with self._lock:  # equal calls have equal handles: nobody may delete one between its put and its note
@@ -121,7 +121,7 @@ class Run:
                     store.delete(continued.handle)
         return turn
 
-    def turn_that_put_out(self, key: str, output: str) -> Turn | None:
+    def turn_that_put_out(self, key: str, output: str) -> PastCall | None:
         """The newest call of a task whose answer is the task's output; None if the output is something else."""
         return next((turn for turn in self.turns_of(key) if output.strip() in turn.outputs), None)
 

@@ -21,8 +21,8 @@ if find_spec("langchain_core") is None:
     )
 
 if TYPE_CHECKING:
+    from avp_agents.engine.registry import close_engines, shared_engine
     from avp_langgraph.chat_model import AvpChatModel
-    from avp_langgraph.engines import close_engines, shared_engine
     from avp_langgraph.errors import AvpContextOverflowError
     from avp_langgraph.join import JoinNode
     from avp_langgraph.lifetimes import ContextLifetimes
@@ -39,9 +39,9 @@ _HOME = {
     "GenerateNode": ".nodes",
     "JoinNode": ".join",
     "ThinkNode": ".nodes",
-    "close_engines": ".engines",
+    "close_engines": "avp_agents.engine.registry",
     "merge_contexts": ".state",
-    "shared_engine": ".engines",
+    "shared_engine": "avp_agents.engine.registry",
 }
 
 __all__ = [

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from avp_agents.agent.ladder import OnMissing
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import LatentMethod
 from avp_agents.errors import ConfigurationError
-from avp_langgraph.handoffs import OnMissing
 from avp_langgraph.tool_calling import Constraints
 
 Mode = Literal["text", "latent"]

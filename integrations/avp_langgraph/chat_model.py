@@ -9,7 +9,6 @@ A message with a handle stands for its context: it is not rendered, and what the
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -28,16 +27,17 @@ from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SkipValidation, model_validator
 
+from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.steps import astream, stream
 from avp_agents.context import LatentMethod
 from avp_agents.engine.protocol import Engine
+from avp_agents.engine.registry import shared_engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_langgraph.answers import PROVIDER, shown_name
 from avp_langgraph.calls import Call, Mode
-from avp_langgraph.engines import shared_engine
 from avp_langgraph.errors import known_to_langchain
-from avp_langgraph.exchange import achunks, chunks
-from avp_langgraph.handoffs import OnMissing
+from avp_langgraph.exchange import chunks
 from avp_langgraph.messages import read_messages
 from avp_langgraph.profile import declared_window, model_profile
 from avp_langgraph.scope import ScopePolicy, current_scope
@@ -51,9 +51,9 @@ _HOSTED_ONLY = frozenset({"api_key", "base_url", "max_retries"})
 class AvpChatModel(BaseChatModel):
     """A chat model that runs in this process and can hand over what it thought instead of what it wrote.
 
-    No weights are loaded when it is made: the first call looks the engine up (`avp_langgraph.engines`), which models of
-    the same name and options share. Fields that are None leave the engine's default (see
-    `avp_agents.engine.protocol.GenerateOptions`). All fields but `engine`, `engine_options`, `namespace`, `scope` and
+    No weights are loaded when it is made: the first call looks the engine up (`avp_agents.engine.registry`), which
+    models of the same name and options share. Fields that are None leave the engine's default (see
+    `avp_agents.answer.options.GenerateOptions`). All fields but `engine`, `engine_options`, `namespace`, `scope` and
     `streaming` can be overridden by a call: ``model.invoke(messages, temperature=0.7)``, ``model.bind(...)``.
 
     Example:
@@ -248,8 +248,8 @@ class AvpChatModel(BaseChatModel):
     ) -> Generator[ChatGenerationChunk]:
         call = self._call().overridden(stop, kwargs)
         with known_to_langchain():
-            engine = self._engine_for(call.model)
-            with closing(chunks(engine, messages, call, current_scope(self.scope))) as pieces:
+            plan = chunks(self._engine_for, messages, call, current_scope(self.scope))
+            with closing(stream(plan)) as pieces:
                 for piece in pieces:
                     chunk = ChatGenerationChunk(message=piece)
                     if run_manager:
@@ -265,8 +265,8 @@ class AvpChatModel(BaseChatModel):
     ) -> AsyncGenerator[ChatGenerationChunk]:
         call = self._call().overridden(stop, kwargs)
         with known_to_langchain():
-            engine = await asyncio.to_thread(self._engine_for, call.model)
-            async with aclosing(achunks(engine, messages, call, current_scope(self.scope))) as pieces:
+            plan = chunks(self._engine_for, messages, call, current_scope(self.scope))
+            async with aclosing(astream(plan)) as pieces:
                 async for piece in pieces:
                     chunk = ChatGenerationChunk(message=piece)
                     if run_manager:

@@ -6,22 +6,21 @@ graph.add_node("writer", GenerateNode(model, context="join"))
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
-from avp_agents.context import Context
+from avp_agents.agent.exchange import put
+from avp_agents.agent.ladder import Prepared, prepare
+from avp_agents.agent.steps import Plan, arun, ask, in_thread, run
 from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextLostError
-from avp_agents.handle import ContextHandle
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.events import stream_handoff
-from avp_langgraph.handoffs import Preparation, Prepared, arun, prepare, run
 from avp_langgraph.messages import read_messages
-from avp_langgraph.scope import Scope, current_scope
+from avp_langgraph.scope import current_scope
 from avp_langgraph.state import Key, field_of, handle_in, key_in
 
 Keys = Sequence[str] | Callable[[Any], Sequence[str]] | None
@@ -74,24 +73,34 @@ class JoinNode(RunnableLambda[Any, dict[str, Any]]):
         super().__init__(self._run, afunc=self._arun, name=type(self).__name__)
 
     def _run(self, state: Any, config: RunnableConfig) -> dict[str, Any]:
-        own, handles = self._own_key(state, config), self._handles(state, config)
-        engine = self._model._engine_for(self._model.model_name)
-        scope = current_scope(self._model.scope)
-        found = [run(self._preparation(engine, handle, state, scope), engine) for handle in handles.values()]
-        joined = engine.join(_contexts(found), strategy=self._strategy, source=scope.minted)
-        line = self._line(joined, handles, found)
-        handle = engine.store.put(joined, scope=scope.minted, agent=scope.agent, text=line)
-        return _update(own, handle, joined, found, scope, line)
+        return run(self._joined(state, config))
 
     async def _arun(self, state: Any, config: RunnableConfig) -> dict[str, Any]:
+        return await arun(self._joined(state, config))
+
+    def _joined(self, state: Any, config: RunnableConfig) -> Plan[dict[str, Any]]:
         own, handles = self._own_key(state, config), self._handles(state, config)
-        engine = await asyncio.to_thread(self._model._engine_for, self._model.model_name)
+        engine = yield from in_thread(self._model._engine_for, self._model.model_name)
         scope = current_scope(self._model.scope)
-        found = [await arun(self._preparation(engine, handle, state, scope), engine) for handle in handles.values()]
-        joined = await engine.ajoin(_contexts(found), strategy=self._strategy, source=scope.minted)
-        line = self._line(joined, handles, found)
-        handle = await engine.store.aput(joined, scope=scope.minted, agent=scope.agent, text=line)
-        return _update(own, handle, joined, found, scope, line)
+        # the state's messages can make up for a lost thought; the contexts that they stand for themselves do not matter
+        turns = [replace(turn, handle=None) for turn in read_messages(field_of(state, "messages") or [])]
+        found: dict[str, Prepared] = {}
+        for key, handle in handles.items():
+            prepared = yield from prepare(engine, turns, handle, scope=scope, on_missing=self._model.on_missing)
+            found[key] = prepared
+        contexts = {key: prepared.context for key, prepared in found.items() if prepared.context is not None}
+        if not contexts:
+            raise ContextLostError("All contexts to join are lost. Run the nodes that made them again.")
+        joined = yield from ask(
+            engine.join, engine.ajoin, list(contexts.values()), strategy=self._strategy, source=scope.minted
+        )
+        line = f"{', '.join(contexts)} joined by {self._strategy} ({len(joined)} positions)"
+        handle = yield from put(engine, joined, scope, line)
+        made = joined.handoff.to_metadata() if joined.handoff is not None else {}
+        for fallback in (fallback for prepared in found.values() for fallback in prepared.fallbacks):
+            made |= {"mode": fallback.mode, "reason": fallback.reason}
+        stream_handoff(made, scope.agent)
+        return {"contexts": {own: handle.labelled(agent=scope.agent, text=line).to_state()}}
 
     def _own_key(self, state: Any, config: RunnableConfig) -> str:
         key = key_in(state, self._key) or config.get("metadata", {}).get("langgraph_node")
@@ -111,30 +120,3 @@ class JoinNode(RunnableLambda[Any, dict[str, Any]]):
                 "contexts=, and let the state include ContextState."
             )
         return handles
-
-    def _preparation(self, engine: Engine, handle: Any, state: Any, scope: Scope) -> Preparation:
-        # the state's messages can make up for a lost thought; the contexts that they stand for themselves do not matter
-        turns = [replace(turn, handle=None) for turn in read_messages(field_of(state, "messages") or [])]
-        return prepare(turns, handle, store=engine.store, scope=scope, on_missing=self._model.on_missing)
-
-    def _line(self, joined: Context, handles: Mapping[str, Any], found: Sequence[Prepared]) -> str:
-        """The line for people beside the handle."""
-        names = ", ".join(key for key, prepared in zip(handles, found, strict=True) if prepared.context is not None)
-        return f"{names} joined by {self._strategy} ({len(joined)} positions)"
-
-
-def _contexts(found: Sequence[Prepared]) -> list[Context]:
-    contexts = [prepared.context for prepared in found if prepared.context is not None]
-    if not contexts:
-        raise ContextLostError("All contexts to join are lost. Run the nodes that made them again.")
-    return contexts
-
-
-def _update(
-    key: str, handle: ContextHandle, joined: Context, found: Sequence[Prepared], scope: Scope, line: str
-) -> dict[str, Any]:
-    made = joined.handoff.to_metadata() if joined.handoff is not None else {}
-    for fallback in (fallback for prepared in found for fallback in prepared.fallbacks):
-        made |= {"mode": fallback.mode, "reason": fallback.reason}
-    stream_handoff(made, scope.agent)
-    return {"contexts": {key: handle.labelled(agent=scope.agent, text=line).to_state()}}

@@ -7,21 +7,22 @@
 
 It stands beside the checkpointer, not around it: graphs use their checkpointer as it is, no write waits for the store,
 and what is deleted behind its back is found by the next sweep. A context that is gone all the same is no failure. The
-next agent climbs down the ladder (`avp_langgraph.handoffs`) and says so.
+next agent climbs down the ladder (`avp_agents.agent.ladder`) and says so.
 
-Every verb is written once, as a generator that asks for what has to wait; `_run` and `_arun` carry that out.
+Every verb is written once, as a plan (`avp_agents.agent.steps`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 
+from avp_agents.agent.steps import Plan, arun, ask, run
 from avp_agents.errors import ConfigurationError, ContextLostError
 from avp_agents.store.base import ContextStore, PruneReport
 from avp_langgraph.references import (
@@ -90,11 +91,11 @@ class ContextLifetimes:
                 written. Longer than a node runs; with ``durability="exit"``, longer than a graph runs.
             dry_run: Remove nothing; report what would be.
         """
-        return _run(self._sweep(grace, dry_run))
+        return run(self._sweep(grace, dry_run))
 
     async def asweep(self, *, grace: float = DEFAULT_GRACE, dry_run: bool = False) -> LifetimeReport:
         """Asynchronous `sweep`."""
-        return await _arun(self._sweep(grace, dry_run))
+        return await arun(self._sweep(grace, dry_run))
 
     def delete_thread(self, thread_id: str) -> LifetimeReport:
         """Delete a thread's checkpoints and the contexts that were minted for it, referred to or not.
@@ -102,11 +103,11 @@ class ContextLifetimes:
         Contexts minted for a user (chat models with ``scope="user"``) may serve that user's other threads; the next
         sweep takes those that do not. Pinned ones stay.
         """
-        return _run(self._delete_threads([thread_id]))
+        return run(self._delete_threads([thread_id]))
 
     async def adelete_thread(self, thread_id: str) -> LifetimeReport:
         """Asynchronous `delete_thread`."""
-        return await _arun(self._delete_threads([thread_id]))
+        return await arun(self._delete_threads([thread_id]))
 
     def delete_for_runs(self, run_ids: Sequence[str]) -> LifetimeReport:
         """Delete the checkpoints of runs, and the contexts that only those refer to.
@@ -116,11 +117,11 @@ class ContextLifetimes:
         Args:
             run_ids: As in the metadata of the checkpoints (``run_id``).
         """
-        return _run(self._delete_for_runs(run_ids))
+        return run(self._delete_for_runs(run_ids))
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> LifetimeReport:
         """Asynchronous `delete_for_runs`."""
-        return await _arun(self._delete_for_runs(run_ids))
+        return await arun(self._delete_for_runs(run_ids))
 
     def prune(self, thread_ids: Sequence[str], *, strategy: PruneStrategy = "keep_latest") -> LifetimeReport:
         """Prune threads, and remove the contexts that only pruned checkpoints refer to.
@@ -136,11 +137,11 @@ class ContextLifetimes:
         Raises:
             ConfigurationError: The strategy is unknown.
         """
-        return _run(self._prune(thread_ids, strategy))
+        return run(self._prune(thread_ids, strategy))
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: PruneStrategy = "keep_latest") -> LifetimeReport:
         """Asynchronous `prune`."""
-        return await _arun(self._prune(thread_ids, strategy))
+        return await arun(self._prune(thread_ids, strategy))
 
     def copy_thread(self, source_thread_id: str, target_thread_id: str) -> int:
         """Copy a thread's checkpoints and pending writes to a new thread, which may use the contexts from then on.
@@ -155,33 +156,33 @@ class ContextLifetimes:
         Raises:
             ConfigurationError: The target has checkpoints already, or a serializer hides its strings.
         """
-        return _run(self._copy_thread(source_thread_id, target_thread_id))
+        return run(self._copy_thread(source_thread_id, target_thread_id))
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> int:
         """Asynchronous `copy_thread`."""
-        return await _arun(self._copy_thread(source_thread_id, target_thread_id))
+        return await arun(self._copy_thread(source_thread_id, target_thread_id))
 
     def _sweep(self, grace: float, dry_run: bool) -> Plan[LifetimeReport]:
         live = all_ids((yield from self._references()))
-        stored = yield _Call(self.store, "list")
+        stored = yield from _call(self.store, "list")
         garbage = [handle.id for handle in stored if handle.id not in live]
-        removed = yield _Call(self.store, "discard", (garbage,), {"idle": grace, "dry_run": dry_run})
+        removed = yield from _call(self.store, "discard", garbage, idle=grace, dry_run=dry_run)
         return LifetimeReport(removed, len(live))
 
     def _delete_threads(self, thread_ids: Sequence[str]) -> Plan[LifetimeReport]:
         minted: list[str] = []
         for thread_id in thread_ids:
             for checkpointer in self.checkpointers:
-                yield _Call(checkpointer, "delete_thread", (thread_id,))
-            handles = yield _Call(self.store, "list", options={"scope": thread_scope(thread_id)})
+                yield from _call(checkpointer, "delete_thread", thread_id)
+            handles = yield from _call(self.store, "list", scope=thread_scope(thread_id))
             minted += [handle.id for handle in handles]
-        return LifetimeReport((yield _Call(self.store, "discard", (minted,))))
+        return LifetimeReport((yield from _call(self.store, "discard", minted)))
 
     def _delete_for_runs(self, run_ids: Sequence[str]) -> Plan[LifetimeReport]:
         runs = set(run_ids)
         references = yield from self._references()
         going = [reference for reference in references if reference.run in runs]
-        return (yield from self._forget(going, references, "delete_for_runs", (list(run_ids),)))
+        return (yield from self._forget(going, references, "delete_for_runs", list(run_ids)))
 
     def _prune(self, thread_ids: Sequence[str], strategy: PruneStrategy) -> Plan[LifetimeReport]:
         if strategy == "delete":
@@ -201,15 +202,15 @@ class ContextLifetimes:
             if reference.checkpoint != latest[reference.thread, reference.namespace]
             and reference.thread not in with_deltas
         ]
-        return (yield from self._forget(going, references, "prune", (list(thread_ids),), {"strategy": strategy}))
+        return (yield from self._forget(going, references, "prune", list(thread_ids), strategy=strategy))
 
     def _forget(
         self,
         going: Sequence[CheckpointReferences],
         references: Sequence[CheckpointReferences],
         verb: str,
-        arguments: tuple[Any, ...],
-        options: dict[str, Any] | None = None,
+        ids: list[str],
+        **options: str,
     ) -> Plan[LifetimeReport]:
         """Carry out a checkpointer's verb, and remove what only the checkpoints that go with it refer to."""
         gone = set(going)
@@ -217,26 +218,26 @@ class ContextLifetimes:
         stay = False
         for checkpointer in self.checkpointers:
             try:
-                yield _Call(checkpointer, verb, arguments, options or {})
+                yield from _call(checkpointer, verb, ids, **options)
             except NotImplementedError:
                 stay = True
                 name = type(checkpointer).__name__
                 logger.warning("%s cannot %s here: its checkpoints stay, their contexts are removed.", name, verb)
-        removed = yield _Call(self.store, "discard", (sorted(all_ids(going) - live),))
+        removed = yield from _call(self.store, "discard", sorted(all_ids(going) - live))
         return LifetimeReport(removed, len(live), stay)
 
     def _references(self) -> Plan[list[CheckpointReferences]]:
         found: list[CheckpointReferences] = []
         for checkpointer in self.checkpointers:
-            found += yield _Walk(checkpointer, None, read_references)
+            found += yield from _walk(checkpointer, None, read_references)
         return found
 
     def _copy_thread(self, source: str, target: str) -> Plan[int]:
         ids: dict[str, str] = {}
         for checkpointer in self.checkpointers:
-            if (yield _Walk(checkpointer, _place(target), _whole, limit=1)):
+            if (yield from _walk(checkpointer, _place(target), _whole, limit=1)):
                 raise ConfigurationError(f"Thread {target!r} has checkpoints already; copy to a new thread.")
-            newest_first: list[CheckpointTuple] = yield _Walk(checkpointer, _place(source), _whole)
+            newest_first = yield from _walk(checkpointer, _place(source), _whole)
             referred = {i for saved in newest_first for i in handle_ids((saved.checkpoint, saved.pending_writes))}
             yield from self._mint(referred - ids.keys(), source, target, ids)
             for saved in reversed(newest_first):
@@ -247,76 +248,35 @@ class ContextLifetimes:
         """Put the contexts of one thread for another one, too; note which handle stands for which."""
         for handle_id in sorted(handles):
             try:
-                context = yield _Call(self.store, "get", (handle_id,), {"scope": thread_scope(source)})
+                context = yield from _call(self.store, "get", handle_id, scope=thread_scope(source))
             except ContextLostError:
                 continue
             old = context.to_handle()
             label = {"scope": thread_scope(target), "agent": old.agent, "text": old.text}
-            new = yield _Call(self.store, "put", (context,), label)
+            new = yield from _call(self.store, "put", context, **label)
             ids[handle_id] = new.id
 
 
-@dataclass(frozen=True)
-class _Call:
+def _call(target: Any, verb: str, *arguments: Any, **options: Any) -> Plan[Any]:
     """Call a method of a checkpointer or store, or on an event loop its a-prefixed twin."""
-
-    target: Any
-    verb: str
-    arguments: tuple[Any, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def call(self) -> Any:
-        return getattr(self.target, self.verb)(*self.arguments, **self.options)
-
-    async def acall(self) -> Any:
-        return await getattr(self.target, "a" + self.verb)(*self.arguments, **self.options)
+    return (yield from ask(getattr(target, verb), getattr(target, f"a{verb}"), *arguments, **options))
 
 
-@dataclass(frozen=True)
-class _Walk:
+def _walk(
+    checkpointer: BaseCheckpointSaver[Any],
+    config: RunnableConfig | None,
+    read: Callable[[CheckpointTuple], Result],
+    limit: int | None = None,
+) -> Plan[list[Result]]:
     """Go through a checkpointer's checkpoints, newest first, and read something off each."""
 
-    checkpointer: BaseCheckpointSaver[Any]
-    config: RunnableConfig | None
-    read: Callable[[CheckpointTuple], Any]
-    limit: int | None = None
+    def walk() -> list[Result]:
+        return [read(saved) for saved in checkpointer.list(config, limit=limit)]
 
-    def call(self) -> list[Any]:
-        return [self.read(saved) for saved in self.checkpointer.list(self.config, limit=self.limit)]
+    async def awalk() -> list[Result]:
+        return [read(saved) async for saved in checkpointer.alist(config, limit=limit)]
 
-    async def acall(self) -> list[Any]:
-        return [self.read(saved) async for saved in self.checkpointer.alist(self.config, limit=self.limit)]
-
-
-Plan = Generator[_Call | _Walk, Any, Result]
-
-
-def _run(plan: Plan[Result]) -> Result:
-    try:
-        ask = next(plan)
-        while True:
-            try:
-                answer = ask.call()
-            except (ContextLostError, NotImplementedError) as error:
-                ask = plan.throw(error)
-            else:
-                ask = plan.send(answer)
-    except StopIteration as finished:
-        return finished.value
-
-
-async def _arun(plan: Plan[Result]) -> Result:
-    try:
-        ask = next(plan)
-        while True:
-            try:
-                answer = await ask.acall()
-            except (ContextLostError, NotImplementedError) as error:
-                ask = plan.throw(error)
-            else:
-                ask = plan.send(answer)
-    except StopIteration as finished:
-        return finished.value
+    return (yield from ask(walk, awalk))
 
 
 def _copy_checkpoint(
@@ -327,13 +287,13 @@ def _copy_checkpoint(
     parent = (saved.parent_config or {}).get("configurable", {}).get("checkpoint_id")
     checkpoint = referring_to(saved.checkpoint, ids, checkpointer.serde)
     arguments = (_place(target, namespace, parent), checkpoint, saved.metadata, checkpoint["channel_versions"])
-    place = yield _Call(checkpointer, "put", arguments)
+    place = yield from _call(checkpointer, "put", *arguments)
     writes: dict[str, list[tuple[str, Any]]] = {}
     for task_id, channel, value in saved.pending_writes or []:
         writes.setdefault(task_id, []).append((channel, replace_ids(value, ids, checkpointer.serde)))
     # the path's only use is the order of tasks, which is the order that they came in
     for order, (task_id, of_task) in enumerate(writes.items()):
-        yield _Call(checkpointer, "put_writes", (place, of_task, task_id, f"{order:06d}"))
+        yield from _call(checkpointer, "put_writes", place, of_task, task_id, f"{order:06d}")
 
 
 def _place(thread_id: str, namespace: str | None = None, checkpoint_id: str | None = None) -> RunnableConfig:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
-from avp_agents.context import LatentMethod, LatentRecipe
+from avp_agents.agent.turns import HandedMessage, content_digest, read_recipe
 from avp_agents.errors import PromptError
 
 HANDLE_KEY = "avp_context"
@@ -44,29 +41,7 @@ _REASONING = {"reasoning": "reasoning", "thinking": "thinking", "redacted_thinki
 """Blocks of an AI message's content that tell what a model reasoned, and where they have its text."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One message, read.
-
-    Attributes:
-        message: What the engine renders when no context stands for this turn: ``role``, ``content``, and where the
-            message has them ``name``, ``tool_calls``, ``tool_call_id`` and ``reasoning_content``.
-        handle: The handle of the context that the message claims to stand for; None where it claims none. Untrusted,
-            like the recipe: graph state can be edited.
-        is_edited: The content is no longer what it was when the context was made; the content counts.
-        is_thought: It stands for latent steps. Its content is a line for people, which is never rendered to a model and
-            not in `message`.
-        recipe: How those steps were made; None where that is not known.
-    """
-
-    message: Mapping[str, Any]
-    handle: object = None
-    is_edited: bool = False
-    is_thought: bool = False
-    recipe: LatentRecipe | None = field(default=None, compare=False)
-
-
-def read_messages(messages: Sequence[BaseMessage]) -> list[Turn]:
+def read_messages(messages: Sequence[BaseMessage]) -> list[HandedMessage]:
     """All messages as turns, in order.
 
     Raises:
@@ -75,15 +50,7 @@ def read_messages(messages: Sequence[BaseMessage]) -> list[Turn]:
     return [_read(message) for message in messages]
 
 
-def content_digest(text: str, calls: Iterable[tuple[str, Any]] = ()) -> str:
-    """16 hex digits that tell whether a message's text, or the name or arguments of a tool call in it, were edited."""
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8)
-    for call in calls:
-        digest.update(json.dumps(call, sort_keys=True, default=str).encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
-def _read(message: BaseMessage) -> Turn:
+def _read(message: BaseMessage) -> HandedMessage:
     is_answer = isinstance(message, AIMessage)
     chat_message: dict[str, Any] = {"role": _role(message), "content": _text(message, is_answer=is_answer)}
     if message.name:
@@ -91,7 +58,7 @@ def _read(message: BaseMessage) -> Turn:
     if isinstance(message, ToolMessage):
         chat_message["tool_call_id"] = message.tool_call_id
     if not is_answer:
-        return Turn(chat_message)
+        return HandedMessage(chat_message)
     calls = _tool_calls(message)
     if calls:
         chat_message["tool_calls"] = calls
@@ -100,14 +67,14 @@ def _read(message: BaseMessage) -> Turn:
     handle = message.response_metadata.get(HANDLE_KEY)
     made = message.response_metadata.get(METADATA_KEY)
     if not isinstance(made, Mapping):
-        return Turn(chat_message, handle)
+        return HandedMessage(chat_message, handle)
     named = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
     if made.get(DIGEST_KEY, digest := content_digest(chat_message["content"], named)) != digest:
-        return Turn(chat_message, handle, is_edited=True)
+        return HandedMessage(chat_message, handle, is_edited=True)
     if THINK_KEY in made:
         bare = {**chat_message, "content": ""}
-        return Turn(bare, handle, is_thought=True, recipe=_read_recipe(made[THINK_KEY]))
-    return Turn(chat_message, handle)
+        return HandedMessage(bare, handle, is_thought=True, recipe=read_recipe(made[THINK_KEY]))
+    return HandedMessage(chat_message, handle)
 
 
 def _role(message: BaseMessage) -> str:
@@ -158,32 +125,3 @@ def _tool_calls(message: AIMessage) -> list[dict[str, Any]]:
         {"type": "function", "id": call.get("id"), "function": {"name": call["name"], "arguments": call["args"]}}
         for call in (*message.tool_calls, *message.invalid_tool_calls)
     ]
-
-
-def _read_recipe(data: object) -> LatentRecipe | None:
-    """A recipe out of a message's metadata, None if it is not well formed."""
-    if not isinstance(data, Mapping):
-        return None
-    values = cast("Mapping[str, Any]", data)
-    method, k, steps, renormalise = (values.get(name) for name in ("method", "k", "steps", "renormalise"))
-    temperature, cosine, entropy = (values.get(name) for name in ("temperature", "stop_cosine", "stop_entropy"))
-    well_formed = (
-        method in get_args(LatentMethod)
-        and type(steps) is int
-        and steps >= 1
-        and type(renormalise) is bool
-        and (k is None or type(k) is int)
-        and isinstance(temperature, int | float)
-        and all(stop is None or isinstance(stop, int | float) for stop in (cosine, entropy))
-    )
-    if not well_formed:
-        return None
-    return LatentRecipe(
-        method=cast("LatentMethod", method),
-        k=k,
-        temperature=float(cast("float", temperature)),
-        renormalise=cast("bool", renormalise),
-        steps=cast("int", steps),
-        stop_cosine=cosine,
-        stop_entropy=entropy,
-    )

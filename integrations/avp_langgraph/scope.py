@@ -6,30 +6,15 @@ The scope comes from the config of the running graph alone. Messages and state c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from langchain_core.runnables.config import ensure_config
 
+from avp_agents.agent.turns import Scope
 from avp_agents.errors import ConfigurationError
 
 ScopePolicy = Literal["thread", "user", "open"]
 _USER_KEYS = ("user_id", "langgraph_auth_user_id")
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Where handles are minted and honoured.
-
-    Attributes:
-        minted: The scope that new handles are put under.
-        honoured: The scope that a handle must have been minted for; None takes any of the namespace.
-        agent: The graph's running node, for people; empty outside of a graph.
-    """
-
-    minted: str
-    honoured: str | None
-    agent: str
 
 
 def current_scope(policy: ScopePolicy) -> Scope:

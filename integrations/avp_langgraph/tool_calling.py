@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessageChunk
@@ -10,6 +10,7 @@ from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
+from avp_agents.agent.exchange import AnswerReader
 from avp_agents.answer import TextDelta, ToolCalling, ToolSpec, json_grammar, json_instruction
 from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions
@@ -84,47 +85,19 @@ class Constraints:
 
     def reader(self, engine: Engine) -> AnswerReader:
         """Reads the answer."""
-        return AnswerReader(self.calling, engine)
+        return AnswerReader(self.calling.parser(engine.tool_format) if self.calling is not None else None)
 
 
-class AnswerReader:
-    """An engine's chunks as LangChain's, tool calls told from text.
-
-    Attributes:
-        text: The answer's text so far; calls are not part of it.
-    """
-
-    def __init__(self, calling: ToolCalling | None, engine: Engine) -> None:
-        self._parser = calling.parser(engine.tool_format) if calling is not None else None
-        self.text = ""
-
-    @property
-    def calls(self) -> list[tuple[str, Any]]:
-        """Names and arguments of the calls, those last that were cut off, whose arguments are text."""
-        if self._parser is None:
-            return []
-        cut_off = self._parser.invalid_calls
-        return [(c.name, c.arguments) for c in self._parser.calls] + [(c.name, c.arguments) for c in cut_off]
-
-    def read(self, piece: Chunk) -> list[AIMessageChunk]:
-        """The message chunks that have become certain."""
-        chunks: list[AIMessageChunk] = []
-        if piece.reasoning:
-            chunks.append(AIMessageChunk(content="", additional_kwargs={REASONING_KEY: piece.reasoning}))
-        if self._parser is None:
-            deltas = [TextDelta(piece.text)] if piece.text else []
+def message_chunks(reader: AnswerReader, piece: Chunk) -> Iterator[AIMessageChunk]:
+    """The message chunks that have become certain with a piece of an answer."""
+    if piece.reasoning:
+        yield AIMessageChunk(content="", additional_kwargs={REASONING_KEY: piece.reasoning})
+    for delta in reader.deltas(piece):
+        if isinstance(delta, TextDelta):
+            yield AIMessageChunk(content=delta.text)
         else:
-            deltas = self._parser.feed(piece.text)
-            if piece.generation is not None:
-                deltas += self._parser.finish()
-        for delta in deltas:
-            if isinstance(delta, TextDelta):
-                self.text += delta.text
-                chunks.append(AIMessageChunk(content=delta.text))
-            else:
-                part = tool_call_chunk(name=delta.name, args=delta.arguments, id=delta.id, index=delta.index)
-                chunks.append(AIMessageChunk(content="", tool_call_chunks=[part]))
-        return chunks
+            part = tool_call_chunk(name=delta.name, args=delta.arguments, id=delta.id, index=delta.index)
+            yield AIMessageChunk(content="", tool_call_chunks=[part])
 
 
 def _read_format(response_format: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, bool, bool]:

@@ -81,6 +81,72 @@ def test_a_thought_is_handed_to_an_openai_client(client: openai.OpenAI, remote: 
         client.chat.completions.create(**asked, user="bob", extra_body={"avp_context": handle})
 
 
+def conversation_about(answer: Any, **changes: Any) -> list[Any]:
+    """The question, its answer as the client got it (with changes), and another question."""
+    return [*QUESTION, answer.choices[0].message.model_dump() | changes, {"role": "user", "content": "and then?"}]
+
+
+def test_an_answer_whose_context_is_gone_is_read_as_text(
+    client: openai.OpenAI, remote: RemoteEngine, engine: LatentEngine
+) -> None:
+    """All its text is in the request, so a store that was cleared ends no conversation; the answer tells of it."""
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    first: Any = client.chat.completions.create(**asked, messages=QUESTION)
+    messages = conversation_about(first)
+    assert remote.store.delete(first.choices[0].message.avp_context)
+    second: Any = client.chat.completions.create(**asked, messages=messages)
+    assert second.avp["mode"] == "text"
+    assert second.avp["reason"] in second.avp["as_text"]
+    text = [{name: message[name] for name in ("role", "content")} for message in messages]
+    assert second.choices[0].message.content == engine.generate(text, max_tokens=4).text
+
+
+def test_an_edited_answer_is_read_as_it_says(client: openai.OpenAI, engine: LatentEngine) -> None:
+    """Its context holds what the client has taken out; the handle that is still on it does not count."""
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+    first: Any = client.chat.completions.create(**asked, messages=QUESTION)
+    edited = conversation_about(first, content="Forty two.")
+    *_, last = client.chat.completions.create(**asked, messages=edited, stream=True)
+    assert cast("Any", last).avp["mode"] == "text"
+    assert "edited" in cast("Any", last).avp["reason"]
+    second: Any = client.chat.completions.create(**asked, messages=edited)
+    text = [{name: message[name] for name in ("role", "content")} for message in edited]
+    assert second.choices[0].message.content == engine.generate(text, max_tokens=4).text
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "the answer"}], None])
+def test_an_answer_in_another_form_is_not_edited(client: openai.OpenAI, content: Any) -> None:
+    """Text in parts says the same, and no text at all says nothing else."""
+    first: Any = client.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=4)
+    if content is not None:
+        content = [{"type": "text", "text": first.choices[0].message.content}]
+    messages = conversation_about(first, content=content)
+    second: Any = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    assert (second.avp["mode"], second.avp["as_text"]) == ("kv", [])
+
+
+def test_a_message_without_text_whose_context_is_gone_is_an_error(url: str) -> None:
+    """Nothing makes up for a thought."""
+    thought = {"role": "assistant", "content": "", "avp_context": "avp:1:" + "0" * 32}
+    refused = post(url, messages=[*QUESTION, thought, {"role": "user", "content": "and then?"}])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "ContextLostError")
+
+
+def test_what_clients_keep_on_an_answer_is_no_part_of_the_prompt(url: str) -> None:
+    """Frameworks send an answer back with fields of their own, and with what a reasoning model reasoned."""
+    plain = {"role": "assistant", "content": "forty one"}
+    echoed = {
+        "annotations": [{"type": "url_citation"}], "cache_control": {"type": "ephemeral"}, "id": "msg_1",
+        "provider_specific_fields": {"refusal": None}, "reasoning": "24 + 17", "reasoning_content": "24 + 17",
+        "refusal": None,
+    }  # fmt: skip
+    told = [
+        post(url, messages=[*QUESTION, message, *QUESTION], temperature=0).json() for message in (plain, plain | echoed)
+    ]
+    assert told[0]["choices"][0]["message"]["content"] == told[1]["choices"][0]["message"]["content"]
+    assert told[0]["usage"]["prompt_tokens"] == told[1]["usage"]["prompt_tokens"]
+
+
 def test_json_of_a_schema(client: openai.OpenAI) -> None:
     """Structured output is enforced, token by token."""
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}

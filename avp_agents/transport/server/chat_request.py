@@ -6,20 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from avp_agents.agent.turns import HandedMessage
 from avp_agents.answer.grammar import Grammar
-from avp_agents.errors import ConfigurationError, ModelNotFoundError, PromptError
+from avp_agents.errors import ConfigurationError, ModelNotFoundError
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.problems import Refusal
+from avp_agents.transport.server.chat_turns import HANDLE_FIELD, read_message
 from avp_agents.transport.server.options import read_stop
-
-HANDLE_FIELD = "avp_context"
-"""Where a request names a context, a message says which one it stands for, and an answer tells its own."""
 
 _MAX_TOP_LOGPROBS = 20
 _ENGINE_OPTIONS = (("top_k", int), ("min_p", float), ("repetition_penalty", float), ("min_tokens", int))
-_MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", HANDLE_FIELD})
-_IGNORED_IN_MESSAGES = frozenset({"refusal", "annotations", "audio", "function_call", "reasoning_content"})
-"""What clients send back of an answer that they got; it must be empty, or is not part of a prompt."""
 
 # Options of which the engine has one value only: that one may be asked for.
 _ONLY: dict[str, Any] = {
@@ -39,7 +35,7 @@ class ChatRequest:
     """A chat completion that was asked for.
 
     Attributes:
-        messages: For the engine; those that stand for a context have its handle in ``avp_context``.
+        messages: With the handles of the contexts that they claim to stand for; untrusted.
         handle: A context to answer on; untrusted.
         scope: Where handles are minted and honoured: the request's ``user``.
         options: For `Engine.astream`.
@@ -48,7 +44,7 @@ class ChatRequest:
         logprobs: Whether to tell log-probabilities.
     """
 
-    messages: Sequence[dict[str, Any]]
+    messages: Sequence[HandedMessage]
     handle: Any
     scope: str
     options: dict[str, Any]
@@ -73,7 +69,7 @@ def read_chat_request(fields: Fields, model: str) -> ChatRequest:
     if asked != model:
         error = ModelNotFoundError(f"This server has the model {model!r}, not {asked[:100]!r}.")
         raise Refusal(404, error, code="model_not_found")
-    messages = [_read_message(i, message) for i, message in enumerate(fields.require("messages", list))]
+    messages = [read_message(i, message) for i, message in enumerate(fields.require("messages", list))]
     stream, stream_options = fields.get("stream", bool, False), fields.get("stream_options", dict)
     logprobs, options = _read_options(fields)
     scope, handle = fields.get("user", str, ""), fields.anything(HANDLE_FIELD)
@@ -131,15 +127,3 @@ def _include_usage(stream: bool, stream_options: dict[str, Any] | None) -> bool:
     if obfuscation:
         raise ConfigurationError("include_obfuscation is not supported here.")
     return include
-
-
-def _read_message(index: int, data: object) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise PromptError(f"Message {index} must be an object with 'role' and 'content'.")
-    for name, value in data.items():
-        if name not in _MESSAGE_FIELDS and (value or name not in _IGNORED_IN_MESSAGES):
-            raise PromptError(f"Message {index} has a field that is not supported here: {name[:60]!r}.")
-    message = {name: value for name, value in data.items() if name in _MESSAGE_FIELDS and value is not None}
-    if message.get("role") == "developer":
-        message["role"] = "system"
-    return {"content": None} | message

@@ -2,6 +2,7 @@
 
 An answer's message carries the handle of its context in ``avp_context``. A client that sends the message back as it
 got it has the context used in its place; a client that sends ``avp_context`` beside the messages has it handed over.
+Where a message was edited, or its context is gone, the message's text is read, and ``avp`` says why.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from contextlib import aclosing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Never, cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
+from avp_agents.agent.exchange import AnswerRequest, Made, describe, make, one_line
+from avp_agents.agent.ladder import Prepared, prepare
+from avp_agents.agent.steps import arun
+from avp_agents.agent.turns import Scope
 from avp_agents.answer.generation import Chunk, Generation, TokenLogprob
-from avp_agents.context import Context
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.errors import AvpError, ModelNotFoundError
 from avp_agents.handle import ContextHandle
 from avp_agents.transport.problems import Refusal, error_json, status_of
 from avp_agents.transport.server.bodies import read_fields
-from avp_agents.transport.server.chat_request import HANDLE_FIELD, ChatRequest, read_chat_request
+from avp_agents.transport.server.chat_request import ChatRequest, read_chat_request
+from avp_agents.transport.server.chat_turns import HANDLE_FIELD, marked
 from avp_agents.transport.server.service import Service
 from avp_agents.transport.server.streaming import Emit, EventStream, while_connected
 from avp_agents.transport.server.tenants import Tenant
@@ -57,69 +63,78 @@ class ChatRoutes:
         """A chat completion, whole or as events."""
         tenant = await self._service.tenant(request)
         asked = read_chat_request(await read_fields(request, self._service.limits.body_bytes), self._service.model)
-        answer = _Answer(self._service.model)
-        request_id = request.headers.get(REQUEST_ID_HEADER)
+        answer, request_id = _Answer(self._service.model), request.headers.get(REQUEST_ID_HEADER)
         if not asked.stream:
-            return JSONResponse(await while_connected(request.receive, self._whole(tenant, asked, answer, request_id)))
+            completed = await while_connected(request.receive, self._complete(tenant, asked, request_id, _say_nothing))
+            return JSONResponse(answer.whole(completed))
 
         async def produce(emit: Emit) -> None:
-            await self._stream(tenant, asked, answer, request_id, emit)
+            opened = False
+
+            def tell(chunk: Chunk) -> tuple[Never, ...]:
+                nonlocal opened
+                if not opened:
+                    emit(_data(answer.piece({"role": "assistant", "content": ""})))
+                    opened = True
+                if chunk.text or chunk.reasoning or chunk.logprobs:
+                    emit(_data(answer.chunk(chunk, asked.logprobs)))
+                return ()
+
+            completed = await self._complete(tenant, asked, request_id, tell)
+            emit(_data(answer.last(completed)))
+            if asked.include_usage:
+                emit(_data(answer.usage(completed.generation)))
+            emit(b"data: [DONE]\n\n")
 
         return EventStream(produce, _error_event)
 
-    async def _whole(self, tenant: Tenant, asked: ChatRequest, answer: _Answer, request_id: str | None) -> Json:
+    async def _complete(
+        self,
+        tenant: Tenant,
+        asked: ChatRequest,
+        request_id: str | None,
+        tell: Callable[[Chunk], Iterable[Never]],
+    ) -> _Completed:
+        engine, scope = tenant.engine, Scope(asked.scope, asked.scope)
+        options = asked.options | {
+            "timeout": self._service.allowed_seconds(None),
+            "source": tenant.source(asked.scope),
+        }
         async with tenant.cancellable(request_id):
-            prompt, context = await _resolved(tenant, asked)
-            options = self._options(asked, tenant)
-            generation = await tenant.engine.agenerate(prompt, context=context, **options)
-            return answer.whole(generation, await self._kept(tenant, asked, generation))
-
-    async def _stream(
-        self, tenant: Tenant, asked: ChatRequest, answer: _Answer, request_id: str | None, emit: Emit
-    ) -> None:
-        async with tenant.cancellable(request_id):
-            prompt, context = await _resolved(tenant, asked)
-            options = self._options(asked, tenant)
-            emit_first = True
-            async with aclosing(tenant.engine.astream(prompt, context=context, **options)) as chunks:
-                async for chunk in chunks:
-                    if emit_first:
-                        emit(_data(answer.piece({"role": "assistant", "content": ""})))
-                        emit_first = False
-                    if chunk.text or chunk.reasoning or chunk.logprobs:
-                        emit(_data(answer.chunk(chunk, asked.logprobs)))
-                    if (generation := chunk.generation) is not None:
-                        handle = await self._kept(tenant, asked, generation)
-                        emit(_data(answer.last(generation, handle)))
-                        if asked.include_usage:
-                            emit(_data(answer.usage(generation)))
-        emit(b"data: [DONE]\n\n")
-
-    async def _kept(self, tenant: Tenant, asked: ChatRequest, generation: Generation) -> ContextHandle:
-        self._service.note_usage(generation.usage)
-        line = " ".join(generation.text.split())
-        seconds = self._service.limits.context_seconds
-        return await tenant.keep(generation.context, scope=asked.scope, text=line, seconds=seconds)
-
-    def _options(self, asked: ChatRequest, tenant: Tenant) -> Any:
-        return asked.options | {"timeout": self._service.allowed_seconds(None), "source": tenant.source(asked.scope)}
+            context = None
+            if asked.handle is not None:
+                context = await engine.aresolve(ContextHandle.from_state(asked.handle), scope=asked.scope)
+            prepared = await arun(prepare(engine, asked.messages, scope=scope, on_missing="error"))
+            answering = AnswerRequest(cast("GenerateOptions", options))
+            made = await arun(make(engine, prepared.prompt, context, None, answering, tell))
+            self._service.note_usage(made.usage)
+            seconds = self._service.limits.context_seconds
+            handle = await tenant.keep(made.context, scope=asked.scope, text=one_line(made.text), seconds=seconds)
+        return _Completed(made, prepared, marked(handle, made.text))
 
     def _model(self) -> Json:
         return {"id": self._service.model, "object": "model", "created": 0, "owned_by": "avp-agents"}
 
 
-async def _resolved(tenant: Tenant, asked: ChatRequest) -> tuple[list[dict[str, Any]], Context | None]:
-    """The messages with the contexts that they stand for, and the context that was handed over."""
+@dataclass(frozen=True)
+class _Completed:
+    """A completion: what was made, how its messages' handles were settled, and the handle that it goes out with."""
 
-    async def context_of(handle: Any) -> Context:
-        return await tenant.engine.aresolve(ContextHandle.from_state(handle), scope=asked.scope)
+    made: Made
+    prepared: Prepared
+    handle: ContextHandle
 
-    messages = []
-    for message in asked.messages:
-        rest = {name: value for name, value in message.items() if name != HANDLE_FIELD}
-        handle = message.get(HANDLE_FIELD)
-        messages.append(rest if handle is None else rest | {"context": await context_of(handle)})
-    return messages, None if asked.handle is None else await context_of(asked.handle)
+    @property
+    def generation(self) -> Generation:
+        """What was decoded."""
+        assert self.made.said is not None, "a completion is an answer"
+        return self.made.said
+
+    @property
+    def metadata(self) -> Json:
+        """How the contexts were used, and what was read as text instead, and why."""
+        reasons = [fallback.reason for fallback in self.prepared.fallbacks]
+        return describe(self.made, self.prepared) | {"as_text": reasons}
 
 
 @dataclass(frozen=True)
@@ -134,9 +149,10 @@ class _Answer:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, generation: Generation, handle: ContextHandle) -> Json:
+    def whole(self, completed: _Completed) -> Json:
         """An answer in one piece."""
-        message: Json = {"role": "assistant", "content": generation.text, HANDLE_FIELD: handle.to_state()}
+        generation = completed.generation
+        message: Json = {"role": "assistant", "content": generation.text, HANDLE_FIELD: completed.handle.to_state()}
         if generation.reasoning:
             message["reasoning_content"] = generation.reasoning
         told = None if generation.logprobs is None else [_logprob(logprob) for logprob in generation.logprobs]
@@ -148,7 +164,7 @@ class _Answer:
         }
         return self._form("chat.completion", [choice]) | {
             "usage": _usage(generation.usage),
-            "avp": generation.handoff.to_metadata(),
+            "avp": completed.metadata,
         }
 
     def piece(self, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Json:
@@ -162,10 +178,10 @@ class _Answer:
         told = {"content": [_logprob(logprob) for logprob in chunk.logprobs], "refusal": None}
         return self.piece(delta, logprobs=told if with_logprobs else None)
 
-    def last(self, generation: Generation, handle: ContextHandle) -> Json:
+    def last(self, completed: _Completed) -> Json:
         """The piece that ends the answer: no text, the handle, and how the context was used."""
-        ending = self.piece({HANDLE_FIELD: handle.to_state()}, finish=generation.finish_reason)
-        return ending | {"avp": generation.handoff.to_metadata()}
+        ending = self.piece({HANDLE_FIELD: completed.handle.to_state()}, finish=completed.generation.finish_reason)
+        return ending | {"avp": completed.metadata}
 
     def usage(self, generation: Generation) -> Json:
         """The piece that tells the usage."""
@@ -196,6 +212,10 @@ def _logprob(token: TokenLogprob) -> Json:
             for token_id, logprob in token.top
         ],
     }
+
+
+def _say_nothing(chunk: Chunk) -> tuple[Never, ...]:
+    return ()
 
 
 def _data(data: Json) -> bytes:
