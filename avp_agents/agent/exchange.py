@@ -11,14 +11,14 @@ A turn's metadata, which every framework shows somewhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from avp_agents.agent.ladder import Prepared
+from avp_agents.agent.ladder import OnMissing, Prepared, prepare
 from avp_agents.agent.steps import Flow, Plan, Telling, ask
-from avp_agents.agent.turns import Scope
+from avp_agents.agent.turns import HandedMessage, Scope
 from avp_agents.answer import Delta, TextDelta
 from avp_agents.answer.generation import Chunk, Generation
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
@@ -100,6 +100,21 @@ class Made:
         """
         steps = 0 if self.steps is None else len(self.steps)
         return template.format(agent=agent or "The model", steps=steps, positions=len(self.context))
+
+
+def settle(
+    engine: Engine,
+    turns: Sequence[HandedMessage],
+    given: object = None,
+    *,
+    scope: Scope,
+    on_missing: OnMissing,
+    template: Mapping[str, Any] | None = None,
+) -> Plan[Prepared]:
+    """The prompt with every handle settled; arguments and errors as in `prepare`, which has nothing to do mostly."""
+    if given is None and all(turn.handle is None and not turn.is_thought for turn in turns):
+        return Prepared([turn.message for turn in turns], None)
+    return (yield from prepare(engine, turns, given, scope=scope, on_missing=on_missing, template=template))
 
 
 def make(

@@ -103,8 +103,6 @@ def prepare(
     Raises:
         ContextLostError: `on_missing` is ``"error"``, and a context is lost.
     """
-    if given is None and all(turn.handle is None and not turn.is_thought for turn in turns):
-        return Prepared([turn.message for turn in turns], None)
     with span("avp.handoff") as note:
         prepared = yield from _settle(Ladder(engine, scope, on_missing, template), turns, given)
         contexts = sum("context" in message for message in prepared.prompt) + (prepared.context is not None)

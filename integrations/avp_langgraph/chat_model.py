@@ -32,15 +32,12 @@ from avp_agents.agent.steps import astream, stream
 from avp_agents.context import LatentMethod
 from avp_agents.engine.protocol import Engine
 from avp_agents.engine.registry import shared_engine
-from avp_agents.errors import ConfigurationError
+from avp_agents.errors import AvpError, ConfigurationError
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
-from avp_langgraph.answers import PROVIDER, shown_name
-from avp_langgraph.calls import Call, Mode
-from avp_langgraph.errors import known_to_langchain
-from avp_langgraph.exchange import chunks
+from avp_langgraph.calls import PROVIDER, Call, Mode, ScopePolicy, chunks, current_scope, shown_name
+from avp_langgraph.errors import raise_known
 from avp_langgraph.messages import read_messages
 from avp_langgraph.profile import declared_window, model_profile
-from avp_langgraph.scope import ScopePolicy, current_scope
 from avp_langgraph.structured_output import Method, Schema, structured
 from avp_langgraph.tool_calling import Constraints, Tool, tool_definitions
 
@@ -247,14 +244,16 @@ class AvpChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Generator[ChatGenerationChunk]:
         call = self._call().overridden(stop, kwargs)
-        with known_to_langchain():
-            plan = chunks(self._engine_for, messages, call, current_scope(self.scope))
+        plan = chunks(self._engine_for, messages, call, current_scope(self.scope))
+        try:
             with closing(stream(plan)) as pieces:
                 for piece in pieces:
                     chunk = ChatGenerationChunk(message=piece)
                     if run_manager:
                         run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
+        except AvpError as error:
+            raise_known(error)
 
     async def _astream(
         self,
@@ -264,14 +263,16 @@ class AvpChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncGenerator[ChatGenerationChunk]:
         call = self._call().overridden(stop, kwargs)
-        with known_to_langchain():
-            plan = chunks(self._engine_for, messages, call, current_scope(self.scope))
+        plan = chunks(self._engine_for, messages, call, current_scope(self.scope))
+        try:
             async with aclosing(astream(plan)) as pieces:
                 async for piece in pieces:
                     chunk = ChatGenerationChunk(message=piece)
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
+        except AvpError as error:
+            raise_known(error)
 
     def bind_tools(
         self,

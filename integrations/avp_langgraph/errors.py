@@ -5,12 +5,12 @@ LangChain's middleware acts on its own: it summarises after a `ContextOverflowEr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NoReturn
 
 from langchain_core import exceptions as langchain
 
 from avp_agents.errors import (
+    AvpError,
     ContextWindowError,
     EngineBusyError,
     ModelNotFoundError,
@@ -39,7 +39,7 @@ class AvpModelNotFoundError(ModelNotFoundError, langchain.ModelNotFoundError):
     """No source has the model; LangChain's error of the same name."""
 
 
-_BY_MESSAGE: dict[type[Exception], type[Exception]] = {
+_BY_MESSAGE: dict[type[AvpError], type[AvpError]] = {
     PromptError: AvpInvalidRequestError,
     RequestTimeoutError: AvpTimeoutError,
     EngineBusyError: AvpBusyError,
@@ -47,15 +47,12 @@ _BY_MESSAGE: dict[type[Exception], type[Exception]] = {
 }
 
 
-@contextmanager
-def known_to_langchain() -> Iterator[None]:
-    """Raise the engine's errors as the classes of this module, where there is one."""
-    try:
-        yield
-    except ContextWindowError as error:
+def raise_known(error: AvpError) -> NoReturn:
+    """Raise the engine's error as the class of this module, where there is one."""
+    if isinstance(error, ContextWindowError):
         raise AvpContextOverflowError(
             window=error.window, context=error.context, prompt=error.prompt, requested=error.requested
         ) from error
-    except tuple(_BY_MESSAGE) as error:
-        kind = next(kind for base, kind in _BY_MESSAGE.items() if isinstance(error, base))
+    if kind := next((kind for base, kind in _BY_MESSAGE.items() if isinstance(error, base)), None):
         raise kind(str(error)) from error
+    raise error

@@ -17,10 +17,10 @@ from avp_agents.agent.ladder import Prepared, prepare
 from avp_agents.agent.steps import Plan, arun, ask, in_thread, run
 from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextLostError
+from avp_langgraph.calls import current_scope
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.events import stream_handoff
 from avp_langgraph.messages import read_messages
-from avp_langgraph.scope import current_scope
 from avp_langgraph.state import Key, field_of, handle_in, key_in
 
 Keys = Sequence[str] | Callable[[Any], Sequence[str]] | None

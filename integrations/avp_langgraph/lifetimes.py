@@ -25,6 +25,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 from avp_agents.agent.steps import Plan, arun, ask, run
 from avp_agents.errors import ConfigurationError, ContextLostError
 from avp_agents.store.base import ContextStore, PruneReport
+from avp_langgraph.calls import thread_scope
 from avp_langgraph.references import (
     CheckpointReferences,
     all_ids,
@@ -33,7 +34,6 @@ from avp_langgraph.references import (
     referring_to,
     replace_ids,
 )
-from avp_langgraph.scope import thread_scope
 
 logger = logging.getLogger("avp_langgraph")
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessageChunk
-from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from avp_agents.agent.exchange import AnswerReader
-from avp_agents.answer import TextDelta, ToolCalling, ToolSpec, json_grammar, json_instruction
-from avp_agents.answer.generation import Chunk
+from avp_agents.answer import ToolCalling, ToolSpec, json_grammar, json_instruction
 from avp_agents.answer.options import GenerateOptions
+from avp_agents.answer.tool_calls import ToolCallParser
 from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.prompt.chat_messages import Message
-from avp_langgraph.messages import REASONING_KEY
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 
@@ -83,21 +79,9 @@ class Constraints:
             return GenerateOptions(grammar=json_grammar(self._schema, strict=self._strict))
         return GenerateOptions()
 
-    def reader(self, engine: Engine) -> AnswerReader:
-        """Reads the answer."""
-        return AnswerReader(self.calling.parser(engine.tool_format) if self.calling is not None else None)
-
-
-def message_chunks(reader: AnswerReader, piece: Chunk) -> Iterator[AIMessageChunk]:
-    """The message chunks that have become certain with a piece of an answer."""
-    if piece.reasoning:
-        yield AIMessageChunk(content="", additional_kwargs={REASONING_KEY: piece.reasoning})
-    for delta in reader.deltas(piece):
-        if isinstance(delta, TextDelta):
-            yield AIMessageChunk(content=delta.text)
-        else:
-            part = tool_call_chunk(name=delta.name, args=delta.arguments, id=delta.id, index=delta.index)
-            yield AIMessageChunk(content="", tool_call_chunks=[part])
+    def parser(self, engine: Engine) -> ToolCallParser | None:
+        """Tells calls from text; None where there are none."""
+        return None if self.calling is None else self.calling.parser(engine.tool_format)
 
 
 def _read_format(response_format: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, bool, bool]:

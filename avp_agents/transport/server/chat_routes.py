@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from avp_agents.agent.exchange import AnswerRequest, Made, describe, make, one_line
-from avp_agents.agent.ladder import Prepared, prepare
+from avp_agents.agent.exchange import AnswerRequest, Made, describe, make, one_line, settle
+from avp_agents.agent.ladder import Prepared
 from avp_agents.agent.steps import arun
 from avp_agents.agent.turns import Scope
 from avp_agents.answer.generation import Chunk, Generation, TokenLogprob
@@ -104,7 +104,7 @@ class ChatRoutes:
             context = None
             if asked.handle is not None:
                 context = await engine.aresolve(ContextHandle.from_state(asked.handle), scope=asked.scope)
-            prepared = await arun(prepare(engine, asked.messages, scope=scope, on_missing="error"))
+            prepared = await arun(settle(engine, asked.messages, scope=scope, on_missing="error"))
             answering = AnswerRequest(cast("GenerateOptions", options))
             made = await arun(make(engine, prepared.prompt, context, None, answering, tell))
             self._service.note_usage(made.usage)
