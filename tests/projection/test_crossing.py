@@ -11,6 +11,7 @@ from engines_of_two_models import Engines
 from avp_agents import LatentEngine
 from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.crossing import ByteDistribution, SpokenMessage, Thought
+from avp_agents.crossing.sides import Crossing
 from avp_agents.crossing.thought import TELL
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError, ProjectionError
 from avp_agents.protocol import handshake as handshake_module
@@ -179,7 +180,7 @@ def test_a_thought_that_is_of_no_use_is_noted_and_told_in_words(
     def unusable(*_: object, **__: object) -> None:
         raise ProjectionError("it is too large")
 
-    monkeypatch.setattr(engines.source.crossing, "express", unusable)
+    monkeypatch.setattr(Crossing, "express", unusable)  # any engine of these weights may be asked
     answer = engines.target.generate(QUESTION, context=thought, max_tokens=TOKENS)
 
     assert answer.handoff.mode == "text"
