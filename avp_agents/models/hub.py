@@ -44,34 +44,44 @@ class HubSource:
 
         cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repository, repo_type="model")
         total = sum(record.bytes for record in self.files.values())
-        paths = self._cached()
-        if paths is None:
+        snapshot = self._cached()
+        if snapshot is None:
             with download_bar(console, self.repository, cache, total), _silent_hub():
-                paths = self._download()
-        for name, path in paths.items():
-            _take_over(path, folder / name)
+                snapshot = self._download()
+        for name in self.files:
+            _take_over(snapshot / name, folder / name)
         if damage := Manifest(str(self), dict(self.files)).find_damage(folder, checksums=True):
             raise SourceFailedError(damage)
 
-    def _cached(self) -> dict[str, Path] | None:
-        """The files in the hub's cache; None unless all are there."""
-        from huggingface_hub import try_to_load_from_cache
+    def _cached(self) -> Path | None:
+        """The revision's folder in the hub's cache; None unless all files are there."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        found = {n: try_to_load_from_cache(self.repository, n, revision=self.revision) for n in self.files}
-        paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
-        return paths if len(paths) == len(self.files) else None
+        try:
+            snapshot = self._snapshot(cached=True)
+        except LocalEntryNotFoundError:
+            return None
+        return snapshot if all((snapshot / name).is_file() for name in self.files) else None
 
-    def _download(self) -> dict[str, Path]:
-        """The files, downloaded into the hub's cache."""
+    def _download(self) -> Path:
+        """The revision's folder in the hub's cache, its files downloaded."""
         from huggingface_hub import HfApi
 
-        hub = HfApi()
         try:
             # One request without the patience that the client has for downloads: does the hub answer at all?
-            hub.model_info(self.repository, revision=self.revision, timeout=SECONDS_TO_ANSWER)
-            return {n: Path(hub.hf_hub_download(self.repository, n, revision=self.revision)) for n in self.files}
+            HfApi().model_info(self.repository, revision=self.revision, timeout=SECONDS_TO_ANSWER)
+            return self._snapshot(cached=False)
         except Exception as error:  # the client lets the errors of its HTTP library through, and that one changes
             raise SourceFailedError(_reason(error)) from error
+
+    def _snapshot(self, *, cached: bool) -> Path:
+        """The revision's folder, as the hub's client knows it; with `cached`, nobody is asked."""
+        from huggingface_hub import snapshot_download
+
+        wanted = [*self.files]
+        return Path(
+            snapshot_download(self.repository, revision=self.revision, allow_patterns=wanted, local_files_only=cached)
+        )
 
 
 def download_any(repository: str) -> Path:

@@ -240,7 +240,7 @@ def _wait_until_idle(remote: RemoteEngine) -> None:
     latest = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < latest:
         text = remote.connection.get_bytes("/metrics", {}).decode()
-        if any(line.startswith("avp_requests_running") and line.split()[-1] == "1" for line in text.splitlines()):
+        if any(line.startswith("avp_requests_running") and float(line.split()[-1]) == 1 for line in text.splitlines()):
             return
         time.sleep(0.1)
     raise TransportError(f"Requests still run {SETTLE_SECONDS:.0f} s after all clients left.")

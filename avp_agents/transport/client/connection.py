@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import httpx
+from httpx_sse import EventSource, ServerSentEvent
 
 from avp_agents.errors import AvpError, RequestTimeoutError, TransportError
 from avp_agents.protocol.handshake import LinkMeter
@@ -119,16 +120,15 @@ class Connection:
             _translated(self.url),
             self.client.stream("POST", path, **self._request(body, request_id)) as response,
         ):
-            lines, parser = response.iter_lines(), _EventParser()
+            told = EventSource(response).iter_sse()
             if response.is_error:
                 response.read()
                 self._read(response)
             try:
-                for line in lines:
-                    for event in parser.feed(line):
-                        yield _checked_event(event)
+                for event in told:
+                    yield _checked_event(event)
             except GeneratorExit:
-                self._end(request_id, lines)
+                self._end(request_id, told)
                 raise
             finally:
                 self.bytes_received += response.num_bytes_downloaded
@@ -139,17 +139,16 @@ class Connection:
         try:
             with _translated(self.url):
                 async with client.stream("POST", path, **self._request(body, request_id)) as response:
-                    lines, parser = response.aiter_lines(), _EventParser()
+                    told = EventSource(response).aiter_sse()
                     if response.is_error:
                         await response.aread()
                         self._read(response)
                     try:
-                        async for line in lines:
-                            for event in parser.feed(line):
-                                yield _checked_event(event)
+                        async for event in told:
+                            yield _checked_event(event)
                     except (GeneratorExit, asyncio.CancelledError):
                         ended = True
-                        await self._aend(request_id, lines)
+                        await self._aend(request_id, told)
                         raise
                     finally:
                         self.bytes_received += response.num_bytes_downloaded
@@ -277,7 +276,7 @@ class Connection:
             raise error_from_json(response.status_code, data)
         return data
 
-    def _end(self, request_id: str, rest: Iterator[str]) -> None:
+    def _end(self, request_id: str, rest: Iterator[ServerSentEvent]) -> None:
         """Cancel a request that is being answered, and read the answer's end: over HTTP/2 the connection goes on."""
         self.cancel(request_id)
         latest = time.monotonic() + LINGER_SECONDS
@@ -286,7 +285,7 @@ class Connection:
                 if time.monotonic() > latest:
                     return
 
-    async def _aend(self, request_id: str, rest: AsyncIterator[str] | None) -> None:
+    async def _aend(self, request_id: str, rest: AsyncIterator[ServerSentEvent] | None) -> None:
         with suppress(httpx.HTTPError, httpx.StreamError, TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 await self.acancel(request_id)
@@ -307,25 +306,8 @@ async def cancelling(connection: Connection, request_id: str) -> AsyncIterator[N
         raise
 
 
-class _EventParser:
-    """Lines to server-sent events."""
-
-    def __init__(self) -> None:
-        self._name, self._data = "", ""
-
-    def feed(self, line: str) -> Iterator[Event]:
-        """Take a line; yields the event that it ends, if any."""
-        if line.startswith("event: "):
-            self._name = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            self._data += line.removeprefix("data: ")
-        elif not line and self._data:
-            name, data = self._name, self._data
-            self._name = self._data = ""
-            yield Event(name, parse_json(data))
-
-
-def _checked_event(event: Event) -> Event:
+def _checked_event(told: ServerSentEvent) -> Event:
+    event = Event(told.event, parse_json(told.data))
     if event.name == "error":
         raise error_from_json(500, event.data)
     return event

@@ -53,7 +53,7 @@ class Gate:
         try:
             await self._enter(scope, channel)
         except ClientGone:
-            self._metrics.count("clients_gone")
+            self._metrics.clients_gone.inc()
             channel.status = channel.status or _CLIENT_GONE
             if channel.started:
                 raise  # the server then breaks the connection: the response must not look complete
@@ -81,7 +81,7 @@ class Gate:
         try:
             await _send_json(channel, status, body, headers)
         except ClientGone:
-            self._metrics.count("clients_gone")
+            self._metrics.clients_gone.inc()
 
 
 class _Channel:

@@ -79,4 +79,4 @@ class Service:
         if fed >= _TELLING_POSITIONS and usage.prefill_seconds > 0:
             self._prefill_rates.append(fed / usage.prefill_seconds)
         for kind, count in counts.items():
-            self.metrics.count("positions", count, kind=kind)
+            self.metrics.positions.labels(kind).inc(count)
