@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Never
+from typing import Never
 
 from crewai.utilities.exceptions.context_window_exceeding_exception import LLMContextLengthExceededError
 
 from avp_agents.agent.exchange import AnswerRequest, Made, ThinkRequest, make
 from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.settings import Mode
 from avp_agents.agent.steps import Plan, Telling, ask
 from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
@@ -20,8 +21,6 @@ from avp_agents.errors import ContextWindowError
 from avp_agents.prompt.chat_messages import Message
 from avp_crewai.handoffs import Basis, Caller, find_basis
 from avp_crewai.reply import ReplyForm, ReplyReader
-
-Mode = Literal["text", "latent"]
 
 
 class AvpContextOverflowError(ContextWindowError, LLMContextLengthExceededError):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.settings import Mode, generate_options, think_options
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.context import LatentMethod
 from avp_agents.errors import ConfigurationError
 from avp_langgraph.tool_calling import Constraints
-
-Mode = Literal["text", "latent"]
 
 # What LangChain passes along that asks nothing of a local model: `stream` chose the method that was called.
 _IGNORED = frozenset({"stream"})
@@ -88,17 +87,8 @@ class Call:
 
     def generate_options(self, source: str) -> GenerateOptions:
         """For `Engine.generate` and `Engine.stream`; without what `constraints` adds."""
-        names = GenerateOptions.__annotations__.keys() - {"tools"}
-        options: dict[str, Any] = {name: value for name in names if (value := getattr(self, name, None)) is not None}
-        return GenerateOptions(**options, source=source)
+        return generate_options(vars(self), source)
 
     def think_options(self, source: str) -> ThinkOptions:
         """For `Engine.think`."""
-        options = {
-            "method": self.latent_method,
-            "k": self.latent_k,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "tools": self.constraints.definitions or None,
-            "timeout": self.timeout,
-        }
-        return ThinkOptions(**{name: value for name, value in options.items() if value is not None}, source=source)
+        return think_options(vars(self), source, self.constraints.definitions)
