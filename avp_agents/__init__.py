@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avp_agents.lazy import lazy_names
 
 if TYPE_CHECKING:
     from avp_agents.answer.generation import Chunk, Generation
@@ -22,24 +23,24 @@ if TYPE_CHECKING:
     from avp_agents.usage import Handoff, Usage
 
 _HOME = {
-    "AvpError": "errors",
-    "Chunk": "answer.generation",
-    "Context": "context",
-    "ContextHandle": "handle",
-    "ContextHandleState": "handle",
-    "ContextStore": "store",
-    "DiskStore": "store",
-    "Engine": "engine.protocol",
-    "Generation": "answer.generation",
-    "Handoff": "usage",
-    "LatentEngine": "engine.latent_engine",
-    "LatentSegment": "context",
-    "MemoryStore": "store",
-    "Namespace": "store",
-    "Readout": "context",
-    "TieredStore": "store",
-    "TokenSegment": "context",
-    "Usage": "usage",
+    "AvpError": ".errors",
+    "Chunk": ".answer.generation",
+    "Context": ".context",
+    "ContextHandle": ".handle",
+    "ContextHandleState": ".handle",
+    "ContextStore": ".store",
+    "DiskStore": ".store",
+    "Engine": ".engine.protocol",
+    "Generation": ".answer.generation",
+    "Handoff": ".usage",
+    "LatentEngine": ".engine.latent_engine",
+    "LatentSegment": ".context",
+    "MemoryStore": ".store",
+    "Namespace": ".store",
+    "Readout": ".context",
+    "TieredStore": ".store",
+    "TokenSegment": ".context",
+    "Usage": ".usage",
 }
 
 __version__ = "0.1.0"
@@ -49,15 +50,4 @@ __all__ = [
     "TokenSegment", "Usage",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that ``import avp_agents`` stays free of torch (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'avp_agents' has no attribute {name!r}")
-    value = getattr(import_module(f"avp_agents.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

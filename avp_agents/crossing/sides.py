@@ -18,12 +18,14 @@ import torch
 from platformdirs import user_cache_path
 
 from avp_agents.context import Context, LatentRecipe, LatentSegment, TokenSegment
+from avp_agents.crossing.checks import check_fingerprint, check_kv, check_lineage
 from avp_agents.crossing.projector import Projection, Projector, express
 from avp_agents.crossing.thought import ByteDistribution, SpokenMessage, Thought
 from avp_agents.crossing.token_bytes import TokenBytes, read_token_bytes
 from avp_agents.crossing.transcript import TranscriptReader
 from avp_agents.crossing.vocabulary import SharedVocabulary, cached_shared_vocabulary
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError
+from avp_agents.kv_cache import HostKv
 from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.protocol.handshake import Hello
 from avp_agents.usage import HandoffMode
@@ -68,6 +70,8 @@ class Side:
         embed: Ids ``[...]`` to input embeddings ``[..., hidden]``, the architecture's scale included.
         mean_norm: Computes the mean norm of those embeddings over the vocabulary.
         device: Where they are.
+        hidden: Their width.
+        check_kv: Raises `ConfigurationError` for a KV-cache whose shapes or dtype are not the model's.
     """
 
     fingerprint: str
@@ -78,6 +82,8 @@ class Side:
     embed: Callable[[torch.Tensor], torch.Tensor]
     mean_norm: Callable[[], float]
     device: torch.device
+    hidden: int
+    check_kv: Callable[[HostKv], None]
 
 
 class Crossing:
@@ -109,6 +115,31 @@ class Crossing:
     def dtype(self) -> str:
         """``"float32"``, ``"bfloat16"`` or ``"float16"``."""
         return self._side.dtype
+
+    def check_model(self, context: Context) -> None:
+        """Refuse a context of another model or dtype.
+
+        Raises:
+            FingerprintMismatchError: It is one.
+        """
+        check_fingerprint(context, self.fingerprint, self.model_path)
+        if context.dtype != self.dtype:
+            raise FingerprintMismatchError(
+                f"The context was made in {context.dtype}, this engine runs {self.dtype}; give both one dtype."
+            )
+
+    def accept(self, context: Context) -> Context:
+        """A context that came from outside of this process, once it was checked.
+
+        Raises:
+            FingerprintMismatchError: It belongs to another model or dtype.
+            IntegrityError: It holds values that this model cannot have made.
+        """
+        self.check_model(context)
+        side = self._side
+        check_lineage(context, tokens=side.vocabulary_size, hidden=side.hidden, dtype=side.dtype)
+        check_kv(context, side.check_kv)
+        return context
 
     @property
     def has_template(self) -> bool:

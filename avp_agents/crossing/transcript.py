@@ -1,7 +1,8 @@
 """The messages that a lineage of token ids was rendered from, read back with the model's own chat template.
 
-A template puts control tokens between contents, and no content can hold one (`engine.prompt_encoder`). A conversation
-of known words is rendered once to see what stands before and behind a content of each role; lineages are cut there.
+A template puts control tokens between contents, and no content can hold one (`avp_agents.prompt.encoder`). A
+conversation of known words is rendered once to see what stands before and behind a content of each role; lineages are
+cut there.
 """
 
 from __future__ import annotations

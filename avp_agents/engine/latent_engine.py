@@ -17,7 +17,6 @@ from avp_agents.context import Context
 from avp_agents.crossing.sides import Crossing, Reread
 from avp_agents.engine.core.kv_pool import Owner
 from avp_agents.engine.core.scheduler import EngineStats
-from avp_agents.engine.foreign import check_values
 from avp_agents.engine.loading.source import InMemory, Pretrained
 from avp_agents.engine.local_engine import LocalEngine, add_engine
 from avp_agents.engine.protocol import JoinStrategy
@@ -230,9 +229,7 @@ class LatentEngine(LocalEngine):
             FingerprintMismatchError: It belongs to another model or dtype.
             IntegrityError: It holds values that this model cannot have made.
         """
-        self._requests.check_model(context)
-        check_values(context, self._runtime.loaded, self._runtime.scheduler.pool)
-        return context
+        return self.crossing.accept(context)
 
     async def ajoin(
         self,

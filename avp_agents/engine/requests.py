@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
@@ -18,15 +19,14 @@ from avp_agents.engine.constrained import ConstrainedSampler
 from avp_agents.engine.core.kv_pool import Owner
 from avp_agents.engine.core.sampling import RowSampler
 from avp_agents.engine.core.sequence import Request
-from avp_agents.engine.foreign import check_fingerprint
+from avp_agents.engine.crossing import LocalCrossing
 from avp_agents.engine.join import Joiner, JoinReport
 from avp_agents.engine.protocol import JoinStrategy
-from avp_agents.engine.reception import Reception
 from avp_agents.engine.runtime import ModelRuntime
 from avp_agents.engine.sampling_options import sampling_params
 from avp_agents.engine.sequences import Answer, Delivering, Replay, Report, Scheduled, Thought
 from avp_agents.engine.verbs import T, Work
-from avp_agents.errors import ConfigurationError, ContextWindowError, FingerprintMismatchError, StoreError
+from avp_agents.errors import ConfigurationError, ContextWindowError, StoreError
 from avp_agents.kv_cache import HostKv
 from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.prompt.plan import PromptPlan
@@ -50,7 +50,7 @@ class RequestBuilder:
     def __init__(self, runtime: ModelRuntime, store: ContextStore, owner: Owner) -> None:
         self._runtime, self._store, self._owner = runtime, store, owner
         self._scheduler, self._loaded, self._latent_step = runtime.scheduler, runtime.loaded, runtime.latent_step
-        self._reception = Reception(runtime, store)
+        self._crossing = LocalCrossing(runtime.crossing, store, runtime.reread)
 
     def thought(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Work[Context]:
         """For `LatentEngine.think`."""
@@ -90,7 +90,7 @@ class RequestBuilder:
 
     def replay(self, context: Context) -> Work[Context]:
         """For `LatentEngine.replay`."""
-        self.check_model(context)
+        self._runtime.crossing.check_model(context)
         return self._work(Replay(self._request(context), self._report("replay")))
 
     def _constraint(self, grammar: Grammar | None, plan: PromptPlan, max_tokens: int) -> Constraint | None:
@@ -102,7 +102,7 @@ class RequestBuilder:
 
     def join(self, contexts: Seq[Context], strategy: JoinStrategy, timeout: float | None, source: str) -> Work[Context]:
         """For `LatentEngine.join`: what a joined context does not find in the pool is prefilled."""
-        received = [self._reception.receive_context(context) for context in contexts]
+        received = [self._crossing.context(context) for context in contexts]
         contexts = [context for context, _ in received]
         notes = tuple(f"{handoff.mode}: {handoff.reason}" for _, handoff in received if handoff is not None)
         joined = Joiner(self._runtime.renderer.whole_turns).join(contexts, strategy)
@@ -122,15 +122,16 @@ class RequestBuilder:
         self, prompt: Prompt, context: Context | None, options: ThinkOptions | GenerateOptions
     ) -> tuple[PromptPlan, Handoff | None]:
         """What to prefill, and how contexts of other models were received for it."""
-        received = self._reception.receive(prompt, context)
+        crossed = None
+        if context is not None or _carries_contexts(prompt):
+            received = self._crossing.prompt(prompt, context)
+            prompt, context, crossed = received.prompt, received.context, received.handoff
         template_options = options.get("chat_template_kwargs")
         tools = options.get("tools") or ()
-        plan = self._runtime.renderer.plan(
-            received.prompt, received.context, chat_template_kwargs=template_options, tools=tools
-        )
+        plan = self._runtime.renderer.plan(prompt, context, chat_template_kwargs=template_options, tools=tools)
         if plan.base is not None:
-            self.check_model(plan.base)
-        return plan, received.handoff
+            self._runtime.crossing.check_model(plan.base)
+        return plan, crossed
 
     def _prompt_request(self, plan: PromptPlan, options: ThinkOptions | GenerateOptions) -> Request:
         # a prefix only saves work, so one of another model is simply of no use
@@ -172,20 +173,11 @@ class RequestBuilder:
         Raises:
             FingerprintMismatchError: It is one.
         """
-        self._reception.check(context)
+        self._crossing.check(context)
 
-    def check_model(self, context: Context) -> None:
-        """Refuse a context of another model or dtype.
 
-        Raises:
-            FingerprintMismatchError: It is one.
-        """
-        loaded = self._loaded
-        check_fingerprint(context, loaded.fingerprint, self._runtime.name)
-        if context.dtype != loaded.dtype_name:
-            raise FingerprintMismatchError(
-                f"The context was made in {context.dtype}, this engine runs {loaded.dtype_name}; give both one dtype."
-            )
+def _carries_contexts(prompt: Prompt) -> bool:
+    return any(isinstance(message, Mapping) and message.get("context") is not None for message in prompt)
 
 
 def _limit(request: Request, timeout: float | None, source: str) -> None:

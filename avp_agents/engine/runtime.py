@@ -143,6 +143,8 @@ class ModelRuntime:
             embed=loaded.vocabulary.embed,
             mean_norm=lambda: latent_step.mean_norm,
             device=loaded.vocabulary.device,
+            hidden=loaded.vocabulary.rows(0, 1).shape[-1],
+            check_kv=self.scheduler.pool.check,
         )
 
     @property

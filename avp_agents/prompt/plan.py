@@ -244,6 +244,10 @@ class PromptRenderer:
                 return Rendering((), ("nothing new to say: the thought's own turn goes on",))
             return renderer.appended(messages, turn_ended=self._ends_turn(line.base))
 
+        if context is None and all(turn.context is None for turn in turns):
+            whole = renderer.whole([turn.message for turn in turns])
+            opens = self._ends_open(None, whole.token_ids)
+            return PromptPlan(None, whole.token_ids, "fresh", notes=whole.notes, opens_reasoning=opens)
         if context is not None and (rest := _behind_rendered(context, turns, renderer)) is not None:
             return PromptPlan(
                 context, rest.token_ids, "continuation", None, rest.notes, self._ends_open(context, rest.token_ids)

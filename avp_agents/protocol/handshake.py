@@ -205,6 +205,23 @@ class Shipment:
     kv_bytes: int | None
     intake_seconds: float = 0.0
 
+    def to_wire(self) -> dict[str, int | None]:
+        """What another side is told, as JSON data."""
+        return {"positions": self.positions, "lineage_bytes": self.lineage_bytes, "kv_bytes": self.kv_bytes}
+
+    @classmethod
+    def from_wire(cls, data: object) -> Shipment:
+        """Read what another side told; it is untrusted.
+
+        Raises:
+            HandshakeError: It is not well formed.
+        """
+        wire = _mapping(data, "A shipment")
+        positions, lineage, kv = (wire.get(name) for name in ("positions", "lineage_bytes", "kv_bytes"))
+        if not all(type(size) is int and size > 0 for size in (positions, lineage, 1 if kv is None else kv)):
+            raise HandshakeError("A shipment's 'positions', 'lineage_bytes' and 'kv_bytes' are positive numbers.")
+        return cls(cast("int", positions), cast("int", lineage), cast("int | None", kv))
+
 
 @dataclass(frozen=True)
 class Decision:

@@ -11,18 +11,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avp_agents.lazy import lazy_names
 
 if TYPE_CHECKING:
     from avp_agents.transport.client import RemoteEngine
 
 __all__ = ["RemoteEngine"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the client on first use (PEP 562): the server does not need it."""
-    if name != "RemoteEngine":
-        raise AttributeError(f"module 'avp_agents.transport' has no attribute {name!r}")
-    from avp_agents.transport.client import RemoteEngine
-
-    return RemoteEngine
+__getattr__, __dir__ = lazy_names(__name__, {"RemoteEngine": ".client"})

@@ -18,18 +18,14 @@ it, as far as its prefix cache does not hold it already. Needs the extra ``vllm`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avp_agents.lazy import lazy_names
 
 if TYPE_CHECKING:
     from avp_agents.vllm.engine import VllmEngine
 
 __all__ = ["VllmEngine"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the engine on first use (PEP 562): vLLM loads the plugin beside it in processes that need no engine."""
-    if name != "VllmEngine":
-        raise AttributeError(f"module 'avp_agents.vllm' has no attribute {name!r}")
-    from avp_agents.vllm.engine import VllmEngine
-
-    return VllmEngine
+# vLLM loads the plugin beside the engine in processes that need no engine
+__getattr__, __dir__ = lazy_names(__name__, {"VllmEngine": ".engine"})

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from avp_agents.answer.grammar import GrammarCompiler
 from avp_agents.context import Context
-from avp_agents.engine.foreign import check_fingerprint, check_lineage
+from avp_agents.crossing.checks import check_fingerprint, check_lineage
 from avp_agents.engine.loading.load import TokenizerFiles, load_tokenizer
 from avp_agents.errors import UnsupportedModelError
 from avp_agents.prompt.plan import PromptRenderer

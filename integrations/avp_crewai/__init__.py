@@ -9,9 +9,10 @@ Importing this package loads neither torch nor weights.
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avp_agents.lazy import lazy_names
 
 if find_spec("crewai") is None:
     raise ModuleNotFoundError(
@@ -40,15 +41,4 @@ __all__ = [
     "shared_engine",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'avp_crewai' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -9,9 +9,10 @@ Importing this package loads neither torch nor weights.
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avp_agents.lazy import lazy_names
 
 if find_spec("langchain_core") is None:
     raise ModuleNotFoundError(
@@ -30,16 +31,16 @@ if TYPE_CHECKING:
     from avp_langgraph.state import ContextState, merge_contexts
 
 _HOME = {
-    "AvpChatModel": "avp_langgraph.chat_model",
-    "AvpContextOverflowError": "avp_langgraph.errors",
-    "AvpMiddleware": "avp_langgraph.middleware",
-    "ContextLifetimes": "avp_langgraph.lifetimes",
-    "ContextState": "avp_langgraph.state",
-    "GenerateNode": "avp_langgraph.nodes",
-    "JoinNode": "avp_langgraph.join",
-    "ThinkNode": "avp_langgraph.nodes",
+    "AvpChatModel": ".chat_model",
+    "AvpContextOverflowError": ".errors",
+    "AvpMiddleware": ".middleware",
+    "ContextLifetimes": ".lifetimes",
+    "ContextState": ".state",
+    "GenerateNode": ".nodes",
+    "JoinNode": ".join",
+    "ThinkNode": ".nodes",
     "close_engines": "avp_agents.engine.registry",
-    "merge_contexts": "avp_langgraph.state",
+    "merge_contexts": ".state",
     "shared_engine": "avp_agents.engine.registry",
 }
 
@@ -48,15 +49,4 @@ __all__ = [
     "JoinNode", "ThinkNode", "close_engines", "merge_contexts", "shared_engine",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'avp_langgraph' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import fields
 from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -300,10 +299,8 @@ class AvpChatModel(BaseChatModel, AgentSettings):
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | options)
 
     def _call(self) -> Call:
-        options = {
-            field.name: getattr(self, field.name) for field in fields(Call) if field.name in type(self).model_fields
-        }
-        return Call(model=self.model_name, **options)
+        own = {name: getattr(self, name) for name in type(self).model_fields if name in Call.model_fields}
+        return Call.model_construct(model=self.model_name, **own)
 
     def _engine_for(self, model: str | None) -> Engine:
         if self.engine is not None and model == self.model_name:

@@ -12,7 +12,7 @@ from avp_agents import LatentEngine
 from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.crossing import ByteDistribution, SpokenMessage, Thought
 from avp_agents.crossing.thought import TELL
-from avp_agents.errors import ConfigurationError, FingerprintMismatchError
+from avp_agents.errors import ConfigurationError, FingerprintMismatchError, ProjectionError
 from avp_agents.protocol import handshake as handshake_module
 
 FACT = "the lazy dog rests under the old tree"
@@ -169,6 +169,21 @@ def test_without_a_common_vocabulary_the_source_tells_in_words(
     assert "of the smaller vocabulary is shared" in answer.handoff.reason
     told = text_of(engines.target, answer.context)
     assert told.startswith(f"<|im_start|>assistant\n{words[:8]}")
+
+
+def test_a_thought_that_is_of_no_use_is_noted_and_told_in_words(
+    engines: Engines, thought: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for contexts that come from other processes."""
+
+    def unusable(*_: object, **__: object) -> None:
+        raise ProjectionError("it is too large")
+
+    monkeypatch.setattr(engines.source.crossing, "express", unusable)
+    answer = engines.target.generate(QUESTION, context=thought, max_tokens=TOKENS)
+
+    assert answer.handoff.mode == "text"
+    assert "projection: it is too large" in answer.handoff.notes
 
 
 def test_the_same_weights_in_another_dtype_replay(engines: Engines, thought: Context) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from avp_agents import LatentEngine, LatentSegment
-from avp_agents.errors import HandshakeError
+from avp_agents.errors import FrameError, HandshakeError
 from avp_agents.protocol.handshake import CrossingMode
 from avp_agents.transport import RemoteEngine
 from avp_agents.transport.client import hand_over
@@ -84,3 +84,20 @@ def test_a_mode_that_does_not_fit_is_refused(remote: RemoteEngine, other: Latent
     """Another model's KV-cache is of no use."""
     with pytest.raises(HandshakeError, match="can use projection, text, not kv"):
         hand_over(thought, remote, other, mode="kv")
+
+
+def test_what_is_of_no_use_is_noted_and_the_next_best_taken(
+    remote: RemoteEngine, same: LatentEngine, thought: RemoteContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over MCP and A2A; where a mode was asked for, the error is raised."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise FrameError("cut off")
+
+    monkeypatch.setattr(remote, "fetch", broken)
+    crossed = hand_over(thought, remote, same)
+    assert crossed.handoff is not None
+    assert crossed.handoff.mode == "reread"
+    assert sorted(crossed.handoff.notes) == ["kv: cut off", "replay: cut off"]
+    with pytest.raises(FrameError):
+        hand_over(thought, remote, same, mode="replay")

@@ -67,11 +67,8 @@ class Extra:
     def before_round(self, running: list[Sequence]) -> None:
         """Before the pieces of a round are chosen."""
 
-    def before_fed(self, sequence: Sequence, piece: Piece) -> None:
-        """A piece was run, and is about to be counted."""
-
-    def after_fed(self, sequence: Sequence) -> None:
-        """Its positions are in the pool."""
+    def after_fed(self, sequence: Sequence, piece: Piece) -> None:
+        """A piece was run; its positions are in the pool."""
 
 
 @dataclass(frozen=True)
@@ -234,11 +231,9 @@ class Scheduler:
             pieces = [sequence.next_piece(budget) for sequence, budget in chosen]
             outputs = self._model.runner.run(pieces)
             for sequence, piece in zip(sequences, pieces, strict=True):
-                for extra in extras:
-                    extra.before_fed(sequence, piece)
                 sequence.fed(piece.count)
                 for extra in extras:
-                    extra.after_fed(sequence)
+                    extra.after_fed(sequence, piece)
             self._steps += 1
             for sequence, error in self._take(sequences, outputs):
                 self._end(sequence, error)

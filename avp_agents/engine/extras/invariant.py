@@ -62,10 +62,10 @@ class ChunkNotes(Extra):
     """Notes which leading positions of a region were computed in whole chunks."""
 
     @override
-    def before_fed(self, sequence: RunningSequence, piece: Piece) -> None:
+    def after_fed(self, sequence: RunningSequence, piece: Piece) -> None:
         region = sequence.region
         assert region is not None
-        if piece.count == INVARIANT_CHUNK and piece.frame is None and region.chunked == sequence.length:
+        if piece.count == INVARIANT_CHUNK and piece.frame is None and region.chunked == piece.start:
             region.chunked += piece.count
 
 

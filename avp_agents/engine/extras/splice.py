@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from avp_agents.context import SplicedSegment, prefix_of
 from avp_agents.engine.core.attention import Layout, Row
+from avp_agents.engine.core.forward import Piece
 from avp_agents.engine.core.kv_pool import KvPool
 from avp_agents.engine.core.model import Forward, LoadedModel
 from avp_agents.engine.core.prefill import Move
@@ -108,7 +109,7 @@ class Splices(Extra):
                 self._move(sequence, _moves_due(sequence)[-1:])
 
     @override
-    def after_fed(self, sequence: Sequence) -> None:
+    def after_fed(self, sequence: Sequence, piece: Piece) -> None:
         """Rotate the keys of splices that have just been completed."""
         if _has_splices(sequence):
             self._move(sequence, _moves_due(sequence))

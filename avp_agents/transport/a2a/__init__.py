@@ -11,9 +11,9 @@ Any `AgentExecutor` and any client of a2a-sdk can use these; nothing here serves
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from avp_agents.errors import ConfigurationError
+from avp_agents.lazy import lazy_names
 from avp_agents.transport.a2a.names import EXTENSION_URI
 
 if TYPE_CHECKING:
@@ -28,27 +28,19 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "Announcement": "announcement",
-    "announce": "announcement",
-    "announcement_of": "announcement",
-    "introduce": "announcement",
-    "UrlPolicy": "fetching",
-    "offer": "offering",
-    "Received": "receiving",
-    "receive": "receiving",
+    "Announcement": ".announcement",
+    "announce": ".announcement",
+    "announcement_of": ".announcement",
+    "introduce": ".announcement",
+    "UrlPolicy": ".fetching",
+    "offer": ".offering",
+    "Received": ".receiving",
+    "receive": ".receiving",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import the parts on first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'avp_agents.transport.a2a' has no attribute {name!r}")
-    from importlib import import_module
-
-    try:
-        import a2a.types  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            'A2A needs version 1 of the package a2a-sdk. Install it with: pip install "avp-agents[a2a]"'
-        ) from error
-    return getattr(import_module(f"avp_agents.transport.a2a.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    _MODULES,
+    needs="a2a.types",
+    without='A2A needs version 1 of the package a2a-sdk. Install it with: pip install "avp-agents[a2a]"',
+)

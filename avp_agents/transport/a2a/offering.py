@@ -8,7 +8,6 @@ raw or url    payloads: a frame (lineage, or with its KV-cache) or an encoded th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -16,22 +15,21 @@ from a2a.types import Part
 from google.protobuf.struct_pb2 import Struct
 
 from avp_agents.context import Context
+from avp_agents.crossing.payloads import MEDIA_TYPES, encoding_for
+from avp_agents.crossing.sides import Crossing
 from avp_agents.engine.latent_engine import LatentEngine
 from avp_agents.errors import LimitExceededError
 from avp_agents.handle import ContextHandle
-from avp_agents.protocol.frame_values import encode_context
-from avp_agents.protocol.handshake import CrossingMode, Hello, handshake
+from avp_agents.protocol.handshake import CrossingMode, Hello, Shipment, handshake
 from avp_agents.transport.a2a.announcement import VERSION, Announcement
 from avp_agents.transport.a2a.names import EXTENSION_URI
 from avp_agents.transport.a2a.structs import to_struct, to_value
-from avp_agents.transport.arrival import FRAME_TYPE, THOUGHT_TYPE
 from avp_agents.transport.wire import API, frame_key
 
 if TYPE_CHECKING:
     from avp_agents.transport.client import RemoteEngine
 
 CONTEXT_TYPE = "application/vnd.avp.context+json"
-_TYPES: dict[CrossingMode, str] = {"kv": FRAME_TYPE, "replay": FRAME_TYPE, "projection": THOUGHT_TYPE}
 
 
 async def offer(
@@ -69,55 +67,37 @@ async def offer(
     handle = await engine.store.aput(context, scope=scope, agent=agent, text=text)
     if isinstance(engine, LatentEngine):
         hello, kv_bytes = await asyncio.to_thread(engine.crossing.hello), context.kv.nbytes if context.kv else None
-        payloads = await asyncio.to_thread(_raw, context, engine, hello, to, frame_key(token), kv)
+        payloads = await asyncio.to_thread(_raw, context, engine.crossing, hello, to, frame_key(token), kv)
     else:
         on_server = await engine.aresolve(handle, scope=scope)
         hello, kv_bytes = (await asyncio.to_thread(lambda: engine.info)).hello, on_server.kv_bytes
         payloads = _urls(handle, scope, str(engine.connection.url).rstrip("/"), hello, to)
     return [
         Part(text=text, metadata=to_struct({EXTENSION_URI: {"beside": handle.id}})),
-        _described(context, handle, hello, kv_bytes),
+        _described(handle, hello, Shipment(len(context), context.nbytes, kv_bytes)),
         *payloads,
     ]
 
 
-def _described(context: Context, handle: ContextHandle, hello: Hello, kv_bytes: int | None) -> Part:
-    told = {
-        "v": VERSION,
-        "handle": dict(handle.to_state()),
-        "hello": hello.to_wire(),
-        "positions": len(context),
-        "lineage_bytes": context.nbytes,
-        "kv_bytes": kv_bytes,
-    }
-    return Part(data=to_value(told), media_type=CONTEXT_TYPE)
+def _described(handle: ContextHandle, hello: Hello, shipment: Shipment) -> Part:
+    told = {"v": VERSION, "handle": dict(handle.to_state()), "hello": hello.to_wire()}
+    return Part(data=to_value(told | shipment.to_wire()), media_type=CONTEXT_TYPE)
 
 
-def _raw(context: Context, engine: LatentEngine, hello: Hello, to: Announcement, key: bytes, kv: bool) -> list[Part]:
+def _raw(context: Context, own: Crossing, hello: Hello, to: Announcement, key: bytes, kv: bool) -> list[Part]:
     parts, room = [], to.raw_bytes
     for mode in _useful(hello, to):
         if mode == "kv" and not (kv and context.kv is not None):
             continue
-        size, encode = _encoding(mode, context, engine, key)
+        size, encode = encoding_for(mode, context, own, key)
         if size > room:
             raise LimitExceededError(
                 f"The payload for {mode} has {size} bytes, and the receiver takes {room} more in a message. Serve the "
                 "engine (avp-agents serve) and offer with a RemoteEngine, or leave the KV-cache out."
             )
         room -= size
-        parts.append(Part(raw=encode(), media_type=_TYPES[mode], metadata=_for_mode(mode)))
+        parts.append(Part(raw=encode(), media_type=MEDIA_TYPES[mode], metadata=_for_mode(mode)))
     return parts
-
-
-def _encoding(
-    mode: CrossingMode, context: Context, engine: LatentEngine, key: bytes
-) -> tuple[int, Callable[[], bytes]]:
-    """A payload's size, and what makes its bytes."""
-    if mode == "projection":
-        thought = engine.crossing.express(context).encode()
-        return len(thought), lambda: thought
-    frame = encode_context(context, key=key, with_kv=mode == "kv")
-    return frame.nbytes, lambda: b"".join(frame)
 
 
 def _urls(handle: ContextHandle, scope: str, server: str, hello: Hello, to: Announcement) -> list[Part]:
@@ -129,12 +109,13 @@ def _urls(handle: ContextHandle, scope: str, server: str, hello: Hello, to: Anno
         "replay": f"{one}/frame?kv=0&{of_scope}",
         "projection": f"{one}/thought?{of_scope}",
     }
-    return [Part(url=paths[mode], media_type=_TYPES[mode], metadata=_for_mode(mode)) for mode in _useful(hello, to)]
+    modes = _useful(hello, to)
+    return [Part(url=paths[mode], media_type=MEDIA_TYPES[mode], metadata=_for_mode(mode)) for mode in modes]
 
 
 def _useful(hello: Hello, to: Announcement) -> list[CrossingMode]:
     """Modes that need a payload and that the two models can do; projection only where nothing better is possible."""
-    modes: list[CrossingMode] = [mode for mode in handshake(hello, to.hello).modes if mode in _TYPES]
+    modes: list[CrossingMode] = [mode for mode in handshake(hello, to.hello).modes if mode in MEDIA_TYPES]
     return [mode for mode in modes if mode != "projection"] or modes
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from a2a.types import Artifact, Message, Part
 
 from avp_agents.context import Context
-from avp_agents.errors import AvpError, HandshakeError, LimitExceededError, TransportError
+from avp_agents.crossing.take_in import AsyncFetch, Offer, atake_in
+from avp_agents.errors import AvpError, HandshakeError, LimitExceededError
 from avp_agents.handle import ContextHandle
 from avp_agents.protocol.handshake import IN_PROCESS, MODES, CrossingMode, Hello, Link, Shipment
 from avp_agents.protocol.limits import Limits
@@ -19,7 +21,6 @@ from avp_agents.transport.a2a.fetching import UrlPolicy, fetch
 from avp_agents.transport.a2a.names import EXTENSION_URI
 from avp_agents.transport.a2a.offering import CONTEXT_TYPE
 from avp_agents.transport.a2a.structs import from_protobuf
-from avp_agents.transport.arrival import Fetch, Offer, take_in
 from avp_agents.transport.json_fields import Fields
 from avp_agents.transport.wire import frame_key
 from avp_agents.usage import Handoff
@@ -90,21 +91,15 @@ async def receive(
     if by_url and urls is not None and (shipment.kv_bytes or 0) > urls.max_bytes:
         payloads.pop("kv", None)
     beside = "\n".join(part.text for part in parts if _note(part).get("beside") == handle.id)
-
-    async def words() -> bytes:
-        return beside.encode()
-
     if beside:
-        payloads["text"] = words
+        payloads["text"] = partial(_given, beside)
     if not payloads:
         return _only_text(parts, "nothing that this side can take comes with the context", mode)
     link = IN_PROCESS if urls is None or not by_url else urls.meter.link or UNMEASURED
     limits = _limits(urls)
-    context = await take_in(
-        Offer(hello, payloads, shipment), engine, key=frame_key(token), link=link, mode=mode, limits=limits
-    )
-    assert context.handoff is not None, "take_in says how a context came"
-    return Received(text, context, context.handoff, handle)
+    offer = Offer(hello, payloads, shipment, link=link, key=frame_key(token), limits=limits)
+    taken = await atake_in(offer, engine.crossing, engine.replay, mode=mode)
+    return Received(text, taken.context, taken.handoff, handle)
 
 
 def _only_text(parts: Iterable[Part], reason: str, mode: CrossingMode | None) -> Received:
@@ -121,48 +116,36 @@ def _read(part: Part) -> tuple[ContextHandle, Hello, Shipment]:
     Raises:
         AvpError: It makes no sense.
     """
-    fields = Fields(from_protobuf(part.data), "The context's description")
+    told = from_protobuf(part.data)
+    fields = Fields(told, "The context's description")
     if (version := fields.require("v", int)) != VERSION:
         raise HandshakeError(f"version {version} is unknown; this release reads {VERSION}")
-    positions, lineage, kv = (fields.get(name, int) for name in ("positions", "lineage_bytes", "kv_bytes"))
-    if min(positions or 0, lineage or 0) < 1 or (kv is not None and kv < 1):
-        raise TransportError("its sizes are not positive numbers")
     handle = ContextHandle.from_state(fields.require("handle", dict))
-    hello = Hello.from_wire(fields.require("hello", dict))
-    return handle, hello, Shipment(cast("int", positions), cast("int", lineage), kv)
+    return handle, Hello.from_wire(fields.require("hello", dict)), Shipment.from_wire(told)
 
 
 def _payloads(
     parts: Sequence[Part], token: str | None, urls: UrlPolicy | None
-) -> tuple[dict[CrossingMode, Fetch], bool]:
+) -> tuple[dict[CrossingMode, AsyncFetch], bool]:
     """How to get each payload that is there, and whether any has to be fetched."""
-    payloads: dict[CrossingMode, Fetch] = {}
+    payloads: dict[CrossingMode, AsyncFetch] = {}
     by_url, given = False, sum(len(part.raw) for part in parts)
     for part in parts:
         mode, kind = _note(part).get("mode"), _kind(part)
         if mode not in MODES or mode == "text" or mode in payloads or kind not in ("raw", "url"):
             continue
         if kind == "raw":
-            payloads[mode] = _given(part.raw, given)
+            payloads[mode] = partial(_given, part.raw, given)
         elif urls is not None:
-            payloads[mode], by_url = _fetching(part.url, urls, token), True
+            payloads[mode], by_url = partial(fetch, part.url, urls, token=token), True
     return payloads, by_url
 
 
-def _given(raw: bytes, total: int) -> Fetch:
-    async def give() -> bytearray:
-        if total > RAW_BYTES:
-            raise LimitExceededError(f"{total} raw bytes are more than the {RAW_BYTES} that were announced.")
-        return bytearray(raw)
-
-    return give
-
-
-def _fetching(url: str, urls: UrlPolicy, token: str | None) -> Fetch:
-    async def get() -> bytearray:
-        return await fetch(url, urls, token=token)
-
-    return get
+async def _given(payload: bytes | str, raw_bytes: int = 0) -> bytes | str:
+    """What the message itself holds, unless its raw bytes are too many."""
+    if raw_bytes > RAW_BYTES:
+        raise LimitExceededError(f"{raw_bytes} raw bytes are more than the {RAW_BYTES} that were announced.")
+    return payload
 
 
 def _limits(urls: UrlPolicy | None) -> Limits:

@@ -9,9 +9,9 @@ The server announces the extension `EXTENSION`. To a client that knows nothing o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from avp_agents.errors import ConfigurationError
+from avp_agents.lazy import lazy_names
 from avp_agents.transport.mcp.names import EXTENSION
 
 if TYPE_CHECKING:
@@ -20,19 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["EXTENSION", "McpContexts", "mount"]
 
-_MODULES = {"McpContexts": "client", "mount": "endpoint"}
+_MODULES = {"McpContexts": ".client", "mount": ".endpoint"}
 
-
-def __getattr__(name: str) -> Any:
-    """Import client or server on first use (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'avp_agents.transport.mcp' has no attribute {name!r}")
-    from importlib import import_module
-
-    try:
-        import mcp_types  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            'MCP needs version 2 of the package mcp. Install it with: pip install "avp-agents[mcp]"'
-        ) from error
-    return getattr(import_module(f"avp_agents.transport.mcp.{_MODULES[name]}"), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    _MODULES,
+    needs="mcp_types",
+    without='MCP needs version 2 of the package mcp. Install it with: pip install "avp-agents[mcp]"',
+)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from avp_agents.context import Context
 from avp_agents.errors import AvpError, EngineError
 from avp_agents.handle import ContextHandle
+from avp_agents.protocol.handshake import Shipment
 from avp_agents.transport.problems import error_json, status_of
 from avp_agents.transport.server.service import Service
 from avp_agents.transport.server.tenants import Tenant
@@ -47,15 +48,9 @@ async def resolved(tenant: Tenant, handle_id: str) -> Context:
 
 def described(context: Context, handle: ContextHandle, model: str) -> Json:
     """What a client is told of a context of a model."""
-    kv = context.kv
-    return {
-        "handle": dict(handle.to_state()),
-        "model": model,
-        "positions": len(context),
-        "latent_steps": context.latent_steps,
-        "lineage_bytes": context.nbytes,
-        "kv_bytes": None if kv is None else kv.nbytes,
-    }
+    shipment = Shipment(len(context), context.nbytes, context.kv.nbytes if context.kv is not None else None)
+    told = {"handle": dict(handle.to_state()), "model": model, "latent_steps": context.latent_steps}
+    return told | shipment.to_wire()
 
 
 def explained(error: Exception) -> tuple[str, Json]:

@@ -7,7 +7,8 @@ import binascii
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx2
@@ -17,12 +18,12 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 from avp_agents.context import Context
+from avp_agents.crossing.take_in import AsyncFetch, Offer, atake_in
 from avp_agents.crossing.thought import TELL
 from avp_agents.errors import AvpError, TransportError
 from avp_agents.handle import ContextHandle
 from avp_agents.protocol.handshake import CrossingMode, Hello, Link, LinkMeter, Shipment
 from avp_agents.protocol.limits import Limits
-from avp_agents.transport.arrival import Fetch, Offer, Payload, take_in
 from avp_agents.transport.json_fields import Fields, parse_json
 from avp_agents.transport.mcp.names import ERROR_KEY, EXTENSION
 from avp_agents.transport.problems import error_from_json
@@ -165,37 +166,28 @@ class McpContexts:
             ContextLostError: The server does not have the context.
         """
         uri = _id(context) or ""
-        if not self.speaks_extension:
-            offer = Offer(None, {"text": self._fetching(uri)}, speaker="user")
-            return await take_in(offer, target, key=self._key, mode=mode)
-        offer = await self._offer(uri, text_tokens)
-        link = await self._link() if mode is None else Link()
-        return await take_in(offer, target, key=self._key, link=link, mode=mode, limits=_LIMITS)
+        if self.speaks_extension:
+            link = await self._link() if mode is None else Link()
+            offer = await self._offer(uri, text_tokens, link)
+        else:
+            offer = Offer[AsyncFetch](None, {"text": partial(self._read, uri)}, speaker="user")
+        return (await atake_in(offer, target.crossing, target.replay, mode=mode)).context
 
-    async def _offer(self, uri: str, text_tokens: int) -> Offer:
-        described = Fields(await self.describe(uri), "The description")
-        positions, lineage = described.require("positions", int), described.require("lineage_bytes", int)
-        kv_bytes = described.get("kv_bytes", int)
+    async def _offer(self, uri: str, text_tokens: int, link: Link) -> Offer[AsyncFetch]:
+        shipment = Shipment.from_wire(await self.describe(uri))
         hello, most = await self._greeted()
-        if kv_bytes is not None and kv_bytes + lineage > most:
-            kv_bytes = None
-
-        async def text() -> bytes:
-            return (await self.generate(TELL, context=uri, max_tokens=text_tokens)).text.encode()
-
-        payloads: dict[CrossingMode, Fetch] = {
-            "kv": self._fetching(f"{uri}/kv"),
-            "replay": self._fetching(f"{uri}/frame"),
-            "projection": self._fetching(f"{uri}/thought"),
-            "text": text,
+        if shipment.kv_bytes is not None and shipment.kv_bytes + shipment.lineage_bytes > most:
+            shipment = replace(shipment, kv_bytes=None)
+        payloads: dict[CrossingMode, AsyncFetch] = {
+            "kv": partial(self._read, f"{uri}/kv"),
+            "replay": partial(self._read, f"{uri}/frame"),
+            "projection": partial(self._read, f"{uri}/thought"),
+            "text": partial(self._words, uri, text_tokens),
         }
-        return Offer(hello, payloads, Shipment(positions, lineage, kv_bytes))
+        return Offer(hello, payloads, shipment, link=link, key=self._key, limits=_LIMITS)
 
-    def _fetching(self, uri: str) -> Fetch:
-        async def fetch() -> Payload:
-            return await self._read(uri)
-
-        return fetch
+    async def _words(self, uri: str, text_tokens: int) -> str:
+        return (await self.generate(TELL, context=uri, max_tokens=text_tokens)).text
 
     async def _link(self) -> Link:
         """How fast resources come; measured at the first call, and by every read since."""
@@ -213,7 +205,7 @@ class McpContexts:
             self._told = Hello.from_wire(told.require("hello", dict)), most
         return self._told
 
-    async def _read(self, uri: str) -> Payload:
+    async def _read(self, uri: str) -> bytearray:
         """A resource's bytes; of several contents, all of them, a line apart."""
         started = time.perf_counter()
         with _translated(self.url):

@@ -13,15 +13,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Awaitable, Callable
 
 import mcp_types as types
 from mcp.shared.exceptions import MCPError
 
 from avp_agents.context import Context
+from avp_agents.crossing.payloads import FRAME_TYPE, MEDIA_TYPES, THOUGHT_TYPE, encoding_for
+from avp_agents.crossing.sides import Crossing
 from avp_agents.errors import ConfigurationError, ContextLostError, LimitExceededError
-from avp_agents.protocol.frame_values import encode_context
-from avp_agents.transport.arrival import FRAME_TYPE, THOUGHT_TYPE
+from avp_agents.protocol.handshake import CrossingMode
 from avp_agents.transport.mcp.asking import SCOPE, Asking, explained, frame_key_of, resolved, tenant_of
 from avp_agents.transport.server.service import Service
 from avp_agents.transport.server.tenants import Tenant
@@ -32,6 +32,7 @@ RESOURCE_BYTES = 32 * 2**20
 """Largest payload: as JSON it passes through memory several times. Larger ones go over the server's other endpoints."""
 
 _PAGE = 100
+_MODES: dict[str, CrossingMode] = {"frame": "replay", "kv": "kv", "thought": "projection"}
 _TEMPLATES = [
     types.ResourceTemplate(
         name="context", uri_template="avp:1:{context}", mime_type="text/plain", description="What a context has read."
@@ -62,12 +63,6 @@ class ContextResources:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._forms: dict[str, Callable[[Asking, Tenant, str], Awaitable[_Contents]]] = {
-            "": self._text,
-            "frame": self._frame,
-            "kv": self._kv,
-            "thought": self._thought,
-        }
 
     async def list(self, asking: Asking, params: types.PaginatedRequestParams | None) -> types.ListResourcesResult:
         """The namespace's contexts, newest first, a hundred at a time."""
@@ -111,52 +106,30 @@ class ContextResources:
         if uri == PROBE_URI:
             return _blob(uri, bytes(PROBE_BYTES), "application/octet-stream")
         handle_id, _, form = uri.partition("/")
-        reading = self._forms.get(form)
-        if reading is None:
+        if form and form not in _MODES:
             raise ConfigurationError(f"There is no resource {uri[:100]!r}.")
-        return await reading(asking, tenant, handle_id)
-
-    async def _text(self, asking: Asking, tenant: Tenant, handle_id: str) -> _Contents:
-        context = await resolved(tenant, handle_id)
-        thought = await asyncio.to_thread(tenant.engine.crossing.express, context)
+        context, own = await resolved(tenant, handle_id), tenant.engine.crossing
+        if form:
+            return await asyncio.to_thread(_payload, uri, _MODES[form], context, own, frame_key_of(asking))
+        thought = await asyncio.to_thread(own.express, context)
         text = "\n\n".join(f"{message.role}: {message.content}" for message in thought.messages)
-        return types.TextResourceContents(uri=handle_id, text=text, mime_type="text/plain")
-
-    async def _frame(self, asking: Asking, tenant: Tenant, handle_id: str) -> _Contents:
-        context = await resolved(tenant, handle_id)
-        return await self._encoded(f"{handle_id}/frame", context, frame_key_of(asking), with_kv=False)
-
-    async def _kv(self, asking: Asking, tenant: Tenant, handle_id: str) -> _Contents:
-        context = await resolved(tenant, handle_id)
-        if context.kv is None:
-            raise ContextLostError("The context has no KV-cache at the moment; read its frame and replay it.")
-        return await self._encoded(f"{handle_id}/kv", context, frame_key_of(asking), with_kv=True)
-
-    async def _encoded(self, uri: str, context: Context, key: bytes, *, with_kv: bool) -> _Contents:
-        def encode() -> _Contents:
-            frame = encode_context(context, key=key, with_kv=with_kv)
-            _check_size(frame.nbytes)
-            return _blob(uri, b"".join(frame), FRAME_TYPE)
-
-        return await asyncio.to_thread(encode)
-
-    async def _thought(self, asking: Asking, tenant: Tenant, handle_id: str) -> _Contents:
-        context = await resolved(tenant, handle_id)
-        thought = (await asyncio.to_thread(tenant.engine.crossing.express, context)).encode()
-        _check_size(len(thought))
-        return _blob(f"{handle_id}/thought", thought, THOUGHT_TYPE)
+        return types.TextResourceContents(uri=uri, text=text, mime_type="text/plain")
 
 
-def _blob(uri: str, data: bytes, mime_type: str) -> _Contents:
-    return types.BlobResourceContents(uri=uri, blob=base64.b64encode(data).decode(), mime_type=mime_type)
-
-
-def _check_size(size: int) -> None:
+def _payload(uri: str, mode: CrossingMode, context: Context, own: Crossing, key: bytes) -> _Contents:
+    if mode == "kv" and context.kv is None:
+        raise ContextLostError("The context has no KV-cache at the moment; read its frame and replay it.")
+    size, encode = encoding_for(mode, context, own, key)
     if size > RESOURCE_BYTES:
         raise LimitExceededError(
             f"{size} bytes are more than the {RESOURCE_BYTES} that go over MCP. Fetch it from the server's "
             "/avp/v1/contexts/<id>/frame, or hand over without the KV-cache."
         )
+    return _blob(uri, encode(), MEDIA_TYPES[mode])
+
+
+def _blob(uri: str, data: bytes, mime_type: str) -> _Contents:
+    return types.BlobResourceContents(uri=uri, blob=base64.b64encode(data).decode(), mime_type=mime_type)
 
 
 def _offset(cursor: str | None) -> int:

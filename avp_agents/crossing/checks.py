@@ -1,4 +1,4 @@
-"""Contexts that came from outside the process: their values are checked before any of them reaches a batch.
+"""Contexts that came from outside the process are checked before any of their values reaches a batch.
 
 A token id past the vocabulary or an embedding of another width would fail the forward pass, and with it all requests
 that share the batch.
@@ -6,12 +6,12 @@ that share the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from avp_agents.context import Context, LatentSegment, leaves
-from avp_agents.engine.core.kv_pool import KvPool
-from avp_agents.engine.core.model import LoadedModel
 from avp_agents.errors import ConfigurationError, FingerprintMismatchError, IntegrityError
 from avp_agents.kv_cache import HostKv
 
@@ -31,19 +31,6 @@ def check_fingerprint(context: Context, fingerprint: str, model: str) -> None:
             f"The context was made by model {context.fingerprint[:16]}, this engine runs {fingerprint[:16]} "
             f"({model}). Use the engine that made it, or hand its text over."
         )
-
-
-def check_values(context: Context, loaded: LoadedModel, pool: KvPool) -> None:
-    """Refuse values that this model cannot have made. Whether the fingerprint fits was checked before.
-
-    Raises:
-        IntegrityError: As `check_lineage`, or the KV-cache has another shape or dtype, or is not finite.
-    """
-    hidden = loaded.vocabulary.rows(0, 1).shape[-1]
-    check_lineage(context, tokens=loaded.vocabulary.size, hidden=hidden, dtype=loaded.dtype_name)
-    kv = context.kv
-    if isinstance(kv, HostKv):
-        _check_kv(kv, context, pool)
 
 
 def check_lineage(context: Context, *, tokens: int, hidden: int, dtype: str) -> None:
@@ -76,9 +63,21 @@ def check_lineage(context: Context, *, tokens: int, hidden: int, dtype: str) -> 
             raise IntegrityError("Latent embeddings are not finite.")
 
 
-def _check_kv(kv: HostKv, context: Context, pool: KvPool) -> None:
+def check_kv(context: Context, check_shapes: Callable[[HostKv], None]) -> None:
+    """Refuse a KV-cache on the host that cannot be the context's.
+
+    Args:
+        context: What came.
+        check_shapes: Raises `ConfigurationError` for shapes and dtypes that are not the model's.
+
+    Raises:
+        IntegrityError: It has other shapes, another dtype or length, or is not finite.
+    """
+    kv = context.kv
+    if not isinstance(kv, HostKv):
+        return
     try:
-        pool.check(kv)
+        check_shapes(kv)
     except ConfigurationError as error:
         raise IntegrityError(str(error)) from error
     if not len(context) - 1 <= kv.length <= len(context):
