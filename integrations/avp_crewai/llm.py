@@ -35,7 +35,7 @@ from avp_crewai.handoffs import Caller
 from avp_crewai.messages import read_messages
 from avp_crewai.registration import LLM_TYPE
 from avp_crewai.reply import Reply, ReplyForm
-from avp_crewai.runs import Label, PastCall
+from avp_crewai.runs import PastCall
 
 if TYPE_CHECKING:
     from crewai.agents.agent_builder.base_agent import BaseAgent
@@ -332,8 +332,8 @@ class AvpLLM(BaseLLM, AgentSettings):
                 metadata=metadata,
             )
 
-        label = Label(agent=caller.role, text=one_line(reply.answer.text))
-        kickoff.keep(outcome.made.context, store, label, note, continued=basis.continued)
+        line = one_line(reply.answer.text)
+        kickoff.keep(outcome.made.context, store, note, basis.continued, agent=caller.role, text=line)
 
 
 def _default_name() -> str:
