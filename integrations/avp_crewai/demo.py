@@ -14,10 +14,9 @@ from typing import Any
 
 from crewai import Agent, Crew, Task
 
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun, compare
 from avp_agents.engine.protocol import Engine
-from avp_crewai.exchange import LlmOptions
-from avp_crewai.handoffs import Caller
 from avp_crewai.llm import AvpLLM
 from avp_crewai.reply import ReplyForm
 from avp_crewai.runs import handover
@@ -26,10 +25,8 @@ from avp_crewai.runs import handover
 class _FixedLengthLLM(AvpLLM):
     """Decodes `max_tokens` tokens, whatever the model would rather do."""
 
-    def _call(self, caller: Caller, form: ReplyForm) -> LlmOptions:
-        call = super()._call(caller, form)
-        call.generate["min_tokens"] = int(self.max_tokens or 1)
-        return call
+    def _generate_options(self, form: ReplyForm, source: str) -> GenerateOptions:
+        return {**super()._generate_options(form, source), "min_tokens": int(self.max_tokens or 1)}
 
 
 def run(engine: Engine, request: DemoRequest, report: Callable[[str], None]) -> Comparison:

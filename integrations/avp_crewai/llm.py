@@ -24,13 +24,14 @@ from avp_agents.agent.exchange import one_line
 from avp_agents.agent.settings import AgentSettings, generate_options, think_options
 from avp_agents.agent.steps import Telling, arun, in_thread, run
 from avp_agents.answer.generation import Chunk
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.engine.registry import shared_engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.handle import ContextHandle
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_crewai.answers import THOUGHT_LINE, thought_line, usage_of
-from avp_crewai.exchange import Exchange, LlmOptions, Outcome
+from avp_crewai.exchange import Exchange, Outcome
 from avp_crewai.handoffs import Caller
 from avp_crewai.messages import read_messages
 from avp_crewai.registration import LLM_TYPE
@@ -240,27 +241,31 @@ class AvpLLM(BaseLLM, AgentSettings):
         messages = read_messages(formatted)
         if caller.task is None:  # CrewAI writes the schema into the prompts of tasks
             messages = form.instructed(messages)
-        return Exchange(engine, self._call(caller, form), caller, messages, form, reader, report)
-
-    def _call(self, caller: Caller, form: ReplyForm) -> LlmOptions:
-        """The options of one call, with those that CrewAI set for it alone."""
         kickoff = caller.run()
         source = "" if kickoff is None else kickoff.scope
+        return Exchange(
+            engine=engine,
+            settings=self,
+            join=self.join_strategy,
+            summary_tokens=self.summary_tokens,
+            think=think_options(vars(self), source),
+            generate=self._generate_options(form, source),
+            caller=caller,
+            messages=messages,
+            form=form,
+            reader=reader,
+            report=report,
+        )
+
+    def _generate_options(self, form: ReplyForm, source: str) -> GenerateOptions:
+        """The options of one answer, with those that CrewAI set for this call alone."""
         generate = generate_options({name: getattr(self, name) for name in _SAMPLING}, source)
         if self.max_tokens is not None:
             generate["max_tokens"] = int(self.max_tokens)
         if form.is_text:
             # CrewAI refuses an empty answer, so a turn is not ended, or stopped, before its first token
             generate |= {"stop": self.stop_sequences, "min_tokens": 1}
-        return LlmOptions(
-            mode=self.mode,
-            latent_steps=self.latent_steps,
-            summary_tokens=self.summary_tokens,
-            think=think_options(vars(self), source),
-            generate=generate,
-            on_missing=self.on_missing,
-            join=self.join_strategy,
-        )
+        return generate
 
     @contextmanager
     def _reported(

@@ -8,7 +8,7 @@ from functools import partial
 from langchain_core.messages import AIMessageChunk, BaseMessage
 
 from avp_agents.agent.exchange import AnswerRequest, ThinkRequest, make, one_line, put
-from avp_agents.agent.ladder import prepare
+from avp_agents.agent.ladder import Ladder, prepare
 from avp_agents.agent.steps import Telling, in_thread
 from avp_agents.agent.turns import Scope
 from avp_agents.engine.protocol import Engine
@@ -34,14 +34,8 @@ def chunks(
         AvpError: As the engine and its store.
     """
     engine = yield from in_thread(engine_for, call.model)
-    prepared = yield from prepare(
-        engine,
-        read_messages(messages),
-        call.avp_context,
-        scope=scope,
-        on_missing=call.on_missing,
-        template=call.chat_template_kwargs,
-    )
+    ladder = Ladder(engine, scope, call.on_missing, call.chat_template_kwargs)
+    prepared = yield from prepare(ladder, read_messages(messages), call.avp_context)
     constraints = call.constraints
     reader = constraints.reader(engine)
     thinking = answering = None

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
 from avp_agents.agent.exchange import put
-from avp_agents.agent.ladder import Prepared, prepare
+from avp_agents.agent.ladder import Ladder, Prepared, prepare
 from avp_agents.agent.steps import Plan, arun, ask, in_thread, run
 from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextLostError
@@ -87,8 +87,7 @@ class JoinNode(RunnableLambda[Any, dict[str, Any]]):
         turns = [replace(turn, handle=None) for turn in read_messages(field_of(state, "messages") or [])]
         found: dict[str, Prepared] = {}
         for key, handle in handles.items():
-            prepared = yield from prepare(engine, turns, handle, scope=scope, on_missing=self._model.on_missing)
-            found[key] = prepared
+            found[key] = yield from prepare(Ladder(engine, scope, self._model.on_missing), turns, handle)
         contexts = {key: prepared.context for key, prepared in found.items() if prepared.context is not None}
         if not contexts:
             raise ContextLostError("All contexts to join are lost. Run the nodes that made them again.")

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
 from avp_agents.agent.exchange import AnswerRequest, Made, describe, make, one_line
-from avp_agents.agent.ladder import Prepared, prepare
+from avp_agents.agent.ladder import Ladder, Prepared, prepare
 from avp_agents.agent.steps import arun
 from avp_agents.agent.turns import Scope
 from avp_agents.answer.generation import Chunk, Generation, TokenLogprob
@@ -104,7 +104,7 @@ class ChatRoutes:
             context = None
             if asked.handle is not None:
                 context = await engine.aresolve(ContextHandle.from_state(asked.handle), scope=asked.scope)
-            prepared = await arun(prepare(engine, asked.messages, scope=scope, on_missing="error"))
+            prepared = await arun(prepare(Ladder(engine, scope, "error"), asked.messages))
             answering = AnswerRequest(cast("GenerateOptions", options))
             made = await arun(make(engine, prepared.prompt, context, None, answering, tell))
             self._service.note_usage(made.usage)
