@@ -128,7 +128,7 @@ class Exchange:
         )
 
     def _asked(self, basis: Basis) -> tuple[ThinkRequest | None, AnswerRequest | None]:
-        """What is asked of the engine. Tools are shown once, also to a context that has shown them before."""
+        """The requests to the engine. Tools are not shown to a context again that has shown them."""
         continued, asked = basis.continued, self.settings
         has_shown = continued is not None and continued.tools == self.form.tools
         tools = [] if has_shown else self.form.definitions
