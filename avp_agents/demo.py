@@ -17,6 +17,8 @@ from avp_agents.errors import ConfigurationError
 
 ENTRY_POINT_GROUP = "avp_agents.demos"
 
+_WARM_UP_QUESTION = "How many days are there in two weeks?"
+
 
 @dataclass(frozen=True)
 class DemoRequest:
@@ -129,6 +131,26 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Both graphs' figures and the ratio of their seconds."""
         return {"latent": self.latent.to_json(), "text": self.text.to_json(), "ratio": round(self.ratio, 3)}
+
+
+def compare(
+    run: Callable[[DemoRequest, bool], GraphRun], request: DemoRequest, report: Callable[[str], None], *, graph: str
+) -> Comparison:
+    """Run a demo both ways, after a short run of each on another question that warms the model.
+
+    Args:
+        run: Runs the agents on a request, handing over a latent context or not.
+        request: What the demo is to do.
+        report: Told what is going on.
+        graph: What the framework calls its agents together.
+    """
+    report("Warming the model up")
+    for latent in (True, False):
+        run(DemoRequest(_WARM_UP_QUESTION, latent_steps=2, researcher_tokens=4, max_tokens=4), latent)
+    report(f"Latent {graph}: the researcher thinks for {request.latent_steps} steps")
+    thought = run(request, True)
+    report(f"Text {graph}: the researcher writes up to {request.researcher_tokens} tokens")
+    return Comparison(thought, run(request, False))
 
 
 class Demo(Protocol):

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from avp_agents.agent.ladder import OnMissing, Prepared, prepare
+from avp_agents.agent.ladder import Ladder, OnMissing, Prepared, prepare
 from avp_agents.agent.steps import Flow, Plan, Telling, ask
 from avp_agents.agent.turns import HandedMessage, Scope
 from avp_agents.answer import Delta, TextDelta
 from avp_agents.answer.generation import Chunk, Generation
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
 from avp_agents.answer.tool_calls import ToolCallParser
+from avp_agents.answer.tool_format import ToolDefinition
 from avp_agents.context import Context, LatentSegment
 from avp_agents.engine.protocol import Engine
 from avp_agents.handle import ContextHandle
@@ -30,6 +31,11 @@ from avp_agents.prompt.chat_messages import Message
 from avp_agents.usage import Handoff, Usage
 
 Out = TypeVar("Out")
+
+_THINK_NAMES = {
+    "latent_method": "method", "latent_k": "k", "chat_template_kwargs": "chat_template_kwargs", "timeout": "timeout",
+}  # fmt: skip
+"""The fields that latent steps have options for, and what the engine calls those."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,24 @@ class Made:
         return template.format(agent=agent or "The model", steps=steps, positions=len(self.context))
 
 
+def generate_options(values: Mapping[str, Any], source: str) -> GenerateOptions:
+    """The options of an answer out of a chat model's fields, by name; those that are None are left out.
+
+    Args:
+        values: The fields. Tools are not read: what shows them also says how they are called.
+        source: Who asks.
+    """
+    names = GenerateOptions.__annotations__.keys() - {"tools"}
+    return GenerateOptions(**{name: values[name] for name in names if values.get(name) is not None}, source=source)
+
+
+def think_options(values: Mapping[str, Any], source: str, tools: Sequence[ToolDefinition] = ()) -> ThinkOptions:
+    """The options of latent steps, likewise; `tools` are those that the model is shown."""
+    read = ((name, values.get(field)) for field, name in _THINK_NAMES.items())
+    options = ThinkOptions(**{name: value for name, value in read if value is not None}, source=source)
+    return {**options, "tools": tools} if tools else options
+
+
 def settle(
     engine: Engine,
     turns: Sequence[HandedMessage],
@@ -114,7 +138,7 @@ def settle(
     """The prompt with every handle settled; arguments and errors as in `prepare`, which has nothing to do mostly."""
     if given is None and all(turn.handle is None and not turn.is_thought for turn in turns):
         return Prepared([turn.message for turn in turns], None)
-    return (yield from prepare(engine, turns, given, scope=scope, on_missing=on_missing, template=template))
+    return (yield from prepare(Ladder(engine, scope, on_missing, template), turns, given))
 
 
 def make(

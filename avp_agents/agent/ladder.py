@@ -34,7 +34,6 @@ from avp_agents.errors import (
 )
 from avp_agents.handle import ContextHandle
 from avp_agents.prompt.chat_messages import Message
-from avp_agents.store.base import ContextStore
 from avp_agents.tracing import span
 from avp_agents.usage import Handoff, HandoffMode
 
@@ -81,30 +80,19 @@ class Prepared:
         return handoff.mode, handoff.reason
 
 
-def prepare(
-    engine: Engine,
-    turns: Sequence[HandedMessage],
-    given: object = None,
-    *,
-    scope: Scope,
-    on_missing: OnMissing,
-    template: Mapping[str, Any] | None = None,
-) -> Plan[Prepared]:
+def prepare(ladder: Ladder, turns: Sequence[HandedMessage], given: object = None) -> Plan[Prepared]:
     """Settle every handle of a prompt.
 
     Args:
-        engine: Who has the contexts, and thinks again.
+        ladder: Resolves them; a new one.
         turns: The messages.
         given: A handle that was passed beside them; None where none was.
-        scope: Where handles are honoured.
-        on_missing: What to do on the ladder's last rung.
-        template: Options of the chat template for thinking again.
 
     Raises:
-        ContextLostError: `on_missing` is ``"error"``, and a context is lost.
+        ContextLostError: A context is lost, and the ladder takes that for an error.
     """
     with span("avp.handoff") as note:
-        prepared = yield from _settle(Ladder(engine, scope, on_missing, template), turns, given)
+        prepared = yield from _settle(ladder, turns, given)
         contexts = sum("context" in message for message in prepared.prompt) + (prepared.context is not None)
         note("avp.handoff.contexts", contexts)
         note("avp.handoff.fallbacks", [fallback.mode for fallback in prepared.fallbacks])
@@ -179,27 +167,36 @@ class Ladder:
         self, engine: Engine, scope: Scope, on_missing: OnMissing, template: Mapping[str, Any] | None = None
     ) -> None:
         self._engine, self._scope, self._on_missing, self._template = engine, scope, on_missing, template
-        self._known = _Known(engine.store, scope)
+        self._holders: dict[str, tuple[Context, int]] = {}
         self.taken: list[Fallback] = []
         self.latent_steps = 0
 
     def resolve(self, claimed: object) -> Plan[Context | AvpError]:
         """The context of a handle, or why there is none. One that an earlier one holds is not looked up."""
+        handle, scope = cast("Any", claimed), self._scope.honoured
         try:
-            context = self._known.find(ContextHandle.from_state(cast("Any", claimed)))
+            context = self.held(ContextHandle.from_state(handle))
             if context is None:
-                handle = cast("Any", claimed)
-                context = yield from ask(
-                    self._engine.resolve, self._engine.aresolve, handle, scope=self._scope.honoured
-                )
-                self._known.add(context)
+                context = yield from ask(self._engine.resolve, self._engine.aresolve, handle, scope=scope)
+                self._note(context)
         except _UNRESOLVED as error:
             return error
         return context
 
     def held(self, handle: ContextHandle) -> Context | None:
         """The context of a handle, if one that was resolved is it or holds it."""
-        return self._known.find(handle)
+        holder, length = self._holders.get(handle.id, (None, 0))
+        if holder is None or length == len(holder.lineage):
+            return holder
+        held = Context(holder.fingerprint, holder.dtype, holder.lineage[:length])
+        held.attach(handle=handle)
+        return held
+
+    def _note(self, context: Context) -> None:
+        """Remember a context and every prefix of its lineage that may have a handle of its own."""
+        for length, recipe_id in enumerate(context.recipe_ids, start=1):
+            handle_id = self._engine.store.namespace.handle_id(recipe_id, self._scope.minted)
+            self._holders[handle_id] = (context, length)
 
     def read(self, reason: AvpError) -> None:
         """The message's text is read instead."""
@@ -224,28 +221,6 @@ class Ladder:
             raise ContextLostError(f"A context of this prompt is lost: {reason}") from reason
         logger.warning("A context is lost, the answer is generated without it: %s", reason)
         self.taken.append(Fallback("lost", str(reason)))
-
-
-class _Known:
-    """The contexts that were found, and the earlier ones that they hold, by handle id."""
-
-    def __init__(self, store: ContextStore, scope: Scope) -> None:
-        self._store, self._scope = store, scope
-        self._holders: dict[str, tuple[Context, int]] = {}
-
-    def add(self, context: Context) -> None:
-        """Remember a context and every prefix of its lineage that may have a handle of its own."""
-        for length, recipe_id in enumerate(context.recipe_ids, start=1):
-            self._holders[self._store.namespace.handle_id(recipe_id, self._scope.minted)] = (context, length)
-
-    def find(self, handle: ContextHandle) -> Context | None:
-        """The context of a handle, if one that was found is it or holds it."""
-        holder, length = self._holders.get(handle.id, (None, 0))
-        if holder is None or length == len(holder.lineage):
-            return holder
-        held = Context(holder.fingerprint, holder.dtype, holder.lineage[:length])
-        held.attach(handle=handle)
-        return held
 
 
 def _read_handle(claimed: object) -> ContextHandle | None:

@@ -9,43 +9,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from crewai import Agent, Crew, Task
 
-from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
+from avp_agents.answer.options import GenerateOptions
+from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun, compare
 from avp_agents.engine.protocol import Engine
-from avp_crewai.exchange import LlmOptions
-from avp_crewai.handoffs import Caller
 from avp_crewai.llm import AvpLLM
 from avp_crewai.reply import ReplyForm
 from avp_crewai.runs import handover
-
-_WARM_UP = DemoRequest("How many days are there in two weeks?", latent_steps=2, researcher_tokens=4, max_tokens=4)
 
 
 class _FixedLengthLLM(AvpLLM):
     """Decodes `max_tokens` tokens, whatever the model would rather do."""
 
-    def _call(self, caller: Caller, form: ReplyForm) -> LlmOptions:
-        call = super()._call(caller, form)
-        call.generate["min_tokens"] = int(self.max_tokens or 1)
-        return call
+    def _generate_options(self, form: ReplyForm, source: str) -> GenerateOptions:
+        return {**super()._generate_options(form, source), "min_tokens": int(self.max_tokens or 1)}
 
 
 def run(engine: Engine, request: DemoRequest, report: Callable[[str], None]) -> Comparison:
-    """Run both crews on one engine, after a short run of each on another question that warms the model."""
-    report("Warming the model up")
-    for latent in (True, False):
-        _measure(engine, _WARM_UP, latent=latent)
-    report(f"Latent crew: the researcher thinks for {request.latent_steps} steps")
-    thought = _measure(engine, request, latent=True)
-    report(f"Text crew: the researcher writes {request.researcher_tokens} tokens")
-    written = _measure(engine, request, latent=False)
-    return Comparison(thought, written)
+    """Run both crews on one engine."""
+    return compare(partial(_measure, engine), request, report, graph="crew")
 
 
-def _measure(engine: Engine, request: DemoRequest, *, latent: bool) -> GraphRun:
+def _measure(engine: Engine, request: DemoRequest, latent: bool) -> GraphRun:
     """Run a crew. Its contexts are deleted afterwards, so that the next one cannot reuse what it prefilled."""
 
     def forget(output: Any) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Never
+from typing import Never
 
 from crewai.utilities.exceptions.context_window_exceeding_exception import LLMContextLengthExceededError
 
 from avp_agents.agent.exchange import AnswerRequest, Made, ThinkRequest, make
-from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.settings import AgentSettings
 from avp_agents.agent.steps import Plan, Telling, ask
 from avp_agents.answer.generation import Chunk
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
@@ -21,8 +21,6 @@ from avp_agents.prompt.chat_messages import Message
 from avp_crewai.handoffs import Basis, Caller, find_basis
 from avp_crewai.reply import ReplyForm, ReplyReader
 
-Mode = Literal["text", "latent"]
-
 
 class AvpContextOverflowError(ContextWindowError, LLMContextLengthExceededError):
     """A `ContextWindowError` that CrewAI knows as its `LLMContextLengthExceededError`, and answers by summarising."""
@@ -32,28 +30,6 @@ class AvpContextOverflowError(ContextWindowError, LLMContextLengthExceededError)
         self.original_error_message = str(error)
         # CrewAI recognises the error by these words
         self.args = (f"Context length exceeded: {error}",)
-
-
-@dataclass(frozen=True)
-class LlmOptions:
-    """What one call asks for.
-
-    Attributes:
-        mode: Whether to run latent steps before, and decode only what has to be read.
-        latent_steps: How many.
-        summary_tokens: Tokens to decode for people behind latent steps; 0 decodes none.
-        think, generate: Options for the engine.
-        on_missing: What to do about a context that is lost.
-        join: How the contexts of several predecessors become one.
-    """
-
-    mode: Mode
-    latent_steps: int
-    summary_tokens: int
-    think: ThinkOptions
-    generate: GenerateOptions
-    on_missing: OnMissing
-    join: JoinStrategy
 
 
 @dataclass(frozen=True)
@@ -84,7 +60,10 @@ class Exchange:
 
     Attributes:
         engine: Who answers.
-        options: What is asked for.
+        settings: The LLM's own: whether to think before, for how long, and what to do about a lost context.
+        join: How the contexts of several predecessors become one.
+        summary_tokens: Tokens to decode for people behind latent steps; 0 decodes none.
+        think, generate: Options for the engine.
         caller: On whose behalf.
         messages: The conversation.
         form: What the answer may be.
@@ -93,7 +72,11 @@ class Exchange:
     """
 
     engine: Engine
-    options: LlmOptions
+    settings: AgentSettings
+    join: JoinStrategy
+    summary_tokens: int
+    think: ThinkOptions
+    generate: GenerateOptions
     caller: Caller
     messages: list[Message]
     form: ReplyForm
@@ -103,7 +86,7 @@ class Exchange:
     @property
     def is_thought(self) -> bool:
         """Whether the answer is latent steps, with text only for people. Tool calls and structured output are text."""
-        return self.options.mode == "latent" and self.form.is_text
+        return self.settings.mode == "latent" and self.form.is_text
 
     def answer(self) -> Telling[Never, Outcome]:
         """Answer.
@@ -113,7 +96,7 @@ class Exchange:
             AvpError: As the engine and its store.
         """
         basis = yield from find_basis(
-            self.caller, self.caller.run(), self.messages, self.engine, self.options.on_missing
+            self.caller, self.caller.run(), self.messages, self.engine, self.settings.on_missing
         )
         try:
             try:
@@ -138,25 +121,24 @@ class Exchange:
         return Outcome(made, basis, base)
 
     def _joined(self, basis: Basis) -> Plan[Context]:
-        engine, generate = self.engine, self.options.generate
+        engine, generate, strategy = self.engine, self.generate, self.join
         timeout, source = generate.get("timeout"), generate.get("source") or ""
-        strategy = self.options.join
         return (
             yield from ask(engine.join, engine.ajoin, basis.contexts, strategy=strategy, timeout=timeout, source=source)
         )
 
     def _asked(self, basis: Basis) -> tuple[ThinkRequest | None, AnswerRequest | None]:
-        """What is asked of the engine. Tools are shown once, also to a context that has shown them before."""
-        continued, asked = basis.continued, self.options
+        """The requests to the engine. Tools are not shown to a context again that has shown them."""
+        continued, asked = basis.continued, self.settings
         has_shown = continued is not None and continued.tools == self.form.tools
         tools = [] if has_shown else self.form.definitions
-        generate: GenerateOptions = {**self.form.constrain(asked.generate, self.engine), "tools": tools}
+        generate: GenerateOptions = {**self.form.constrain(self.generate, self.engine), "tools": tools}
         if asked.mode == "text":
             return None, AnswerRequest(generate)
-        thinking = ThinkRequest(asked.latent_steps, {**asked.think, "tools": tools})
+        thinking = ThinkRequest(asked.latent_steps, {**self.think, "tools": tools})
         if not self.is_thought:
             return thinking, AnswerRequest({**generate, "tools": ()})
-        if not asked.summary_tokens:
+        if not self.summary_tokens:
             return thinking, None
-        summary: GenerateOptions = {**generate, "tools": (), "max_tokens": asked.summary_tokens}
+        summary: GenerateOptions = {**generate, "tools": (), "max_tokens": self.summary_tokens}
         return thinking, AnswerRequest(summary, behind=[{"role": "user", "content": TELL}], is_aside=True)

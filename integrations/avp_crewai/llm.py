@@ -12,33 +12,31 @@ import os
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Never, Self
 
 from crewai.events.types.llm_events import LLMCallType
 from crewai.hooks.dispatch import HookAborted
 from crewai.llms.base_llm import BaseLLM, LLMCallBlockedError, llm_call_context
 from crewai.llms.context_window import CONTEXT_WINDOW_USAGE_RATIO
-from pydantic import BaseModel, Field, SkipValidation, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from avp_agents.agent.exchange import one_line
-from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.exchange import generate_options, one_line, think_options
+from avp_agents.agent.settings import AgentSettings
 from avp_agents.agent.steps import Telling, arun, in_thread, run
 from avp_agents.answer.generation import Chunk
-from avp_agents.answer.options import GenerateOptions, ThinkOptions
-from avp_agents.context import LatentMethod
+from avp_agents.answer.options import GenerateOptions
 from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.engine.registry import shared_engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.handle import ContextHandle
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
 from avp_crewai.answers import THOUGHT_LINE, thought_line, usage_of
-from avp_crewai.exchange import Exchange, LlmOptions, Mode, Outcome
+from avp_crewai.exchange import Exchange, Outcome
 from avp_crewai.handoffs import Caller
 from avp_crewai.messages import read_messages
 from avp_crewai.registration import LLM_TYPE
 from avp_crewai.reply import Reply, ReplyForm
-from avp_crewai.runs import Label, PastCall
+from avp_crewai.runs import PastCall
 
 if TYPE_CHECKING:
     from crewai.agents.agent_builder.base_agent import BaseAgent
@@ -49,11 +47,12 @@ _counting = threading.Lock()
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "timeout")
 
 
-class AvpLLM(BaseLLM):
+class AvpLLM(BaseLLM, AgentSettings):
     """An LLM for CrewAI that runs in this process and can hand over what it thought instead of what it wrote.
 
     No weights are loaded when it is made: the first call looks the engine up, which LLMs of the same model and options
-    share. Fields that are None leave the engine's default (see `avp_agents.answer.options.GenerateOptions`).
+    share. How to think, to sample and to find the engine are the fields of `AgentSettings`; those that are None leave
+    the engine's default. Structured output and tool calls are decoded in latent mode, too, behind the thought.
 
     Inside of a crew, a task's answer leaves a context, and the next task's prompt is answered on top of it: the text
     that CrewAI puts into the prompt for it is left out. Tool results and retries continue the task's own context. When
@@ -75,18 +74,8 @@ class AvpLLM(BaseLLM):
     model: str = ""
     """Name or folder of a Hugging Face model; by default the embedded default model."""
 
-    mode: Mode = "text"
-    """``"text"`` decodes an answer. ``"latent"`` runs latent steps and decodes nothing but what somebody has to read:
-    the readable line, or (where CrewAI asks for tools or structured output) that."""
-
     latent_steps: int = Field(default=20, ge=1)
     """Latent steps in latent mode; 10 to 20 are usual, more than 40 degrade."""
-
-    latent_method: LatentMethod | None = None
-    """``"soft"``, ``"ridge"`` or ``"rescale"``; by default what suits the model."""
-
-    latent_k: int | None = None
-    """Most likely tokens in the soft embedding."""
 
     latent_line: str = THOUGHT_LINE
     """What people and CrewAI read of an agent that only thought; ``{agent}``, ``{steps}``, ``{positions}`` are filled
@@ -95,24 +84,9 @@ class AvpLLM(BaseLLM):
     summary_tokens: int = Field(default=0, ge=0)
     """Decode so many tokens of what was thought, to be read instead of the line. They are not handed over."""
 
-    top_k: int | None = None
-    """Only so many most likely tokens; 0 is all."""
-
-    min_p: float | None = None
-    """Only tokens at least so many times as likely as the most likely one."""
-
-    repetition_penalty: float | None = None
-    """Penalty on ids that prompt and answer hold already; 1 is none."""
-
-    timeout: float | None = None
-    """Seconds until `RequestTimeoutError`, waiting in the queue included."""
-
     native_tools: bool = True
     """Whether agents call tools by constrained decoding, which always gives a well-formed call. Otherwise CrewAI asks
     for calls in its text format (Thought, Action, Action Input)."""
-
-    on_missing: OnMissing = "text"
-    """When a context is lost: ``"text"`` reads the text that CrewAI kept, ``"error"`` raises `ContextLostError`."""
 
     join_strategy: JoinStrategy = "replay"
     """How the contexts of several predecessors become one; see `avp_agents.engine.join`."""
@@ -120,23 +94,13 @@ class AvpLLM(BaseLLM):
     namespace: str | None = None
     """The tenant. Namespaces share no context and no KV-cache. None is the default one."""
 
-    engine_options: dict[str, Any] = Field(default_factory=dict)
-    """JSON data for ``LatentEngine.from_pretrained``, such as ``{"dtype": "bfloat16", "device": "cuda"}``."""
-
-    engine: SkipValidation[Engine | None] = Field(default=None, exclude=True, repr=False)
-    """An engine to use instead of a shared one. It is not serialised with the LLM."""
-
     @model_validator(mode="before")
     @classmethod
     def _read_options(cls, options: Any) -> Any:
         """A misspelt option would otherwise be ignored; a model that is not named is the default one."""
         if not isinstance(options, dict):
             return options
-        known = {*cls.model_fields, "stop_sequences"}
-        for name in [*options.keys() - known, *(options.get("additional_params") or {})]:
-            close = get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigurationError(f"AvpLLM has no option {name!r}.{hint}")
+        cls._refuse_options([*options, *(options.get("additional_params") or {})], besides=["stop_sequences"])
         engine = options.get("engine")
         model = options.get("model") or (_default_name() if engine is None else engine.model_path)
         return {**options, "model": str(model), "provider": options.get("provider") or "avp"}
@@ -150,17 +114,8 @@ class AvpLLM(BaseLLM):
             )
         if self.n not in (None, 1):
             raise ConfigurationError("n must be 1: a call has one answer.")
-        if self.engine is None:
-            return self
-        if self.engine_options:
-            raise ConfigurationError(
-                "engine_options are for an engine that is still to be made; leave out one of both."
-            )
-        engines_own = {"model": self.engine.model_path, "namespace": self.engine.store.namespace.name}
-        for name, value in engines_own.items():
-            if getattr(self, name) not in (None, value):
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, but the engine's is {value!r}.")
-        self.namespace = engines_own["namespace"]
+        if self.engine is not None:
+            self._agree_with(self.engine, model_field="model")
         return self
 
     def call(
@@ -286,30 +241,31 @@ class AvpLLM(BaseLLM):
         messages = read_messages(formatted)
         if caller.task is None:  # CrewAI writes the schema into the prompts of tasks
             messages = form.instructed(messages)
-        return Exchange(engine, self._call(caller, form), caller, messages, form, reader, report)
-
-    def _call(self, caller: Caller, form: ReplyForm) -> LlmOptions:
-        """The options of one call, with those that CrewAI set for it alone."""
         kickoff = caller.run()
         source = "" if kickoff is None else kickoff.scope
-        sampling = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
-        generate = GenerateOptions(**sampling, source=source)
+        return Exchange(
+            engine=engine,
+            settings=self,
+            join=self.join_strategy,
+            summary_tokens=self.summary_tokens,
+            think=think_options(vars(self), source),
+            generate=self._generate_options(form, source),
+            caller=caller,
+            messages=messages,
+            form=form,
+            reader=reader,
+            report=report,
+        )
+
+    def _generate_options(self, form: ReplyForm, source: str) -> GenerateOptions:
+        """The options of one answer, with those that CrewAI set for this call alone."""
+        generate = generate_options({name: getattr(self, name) for name in _SAMPLING}, source)
         if self.max_tokens is not None:
             generate["max_tokens"] = int(self.max_tokens)
         if form.is_text:
             # CrewAI refuses an empty answer, so a turn is not ended, or stopped, before its first token
             generate |= {"stop": self.stop_sequences, "min_tokens": 1}
-        thinking = {"method": self.latent_method, "k": self.latent_k, "timeout": self.timeout}
-        think = ThinkOptions(**{name: value for name, value in thinking.items() if value is not None}, source=source)
-        return LlmOptions(
-            mode=self.mode,
-            latent_steps=self.latent_steps,
-            summary_tokens=self.summary_tokens,
-            think=think,
-            generate=generate,
-            on_missing=self.on_missing,
-            join=self.join_strategy,
-        )
+        return generate
 
     @contextmanager
     def _reported(
@@ -381,8 +337,8 @@ class AvpLLM(BaseLLM):
                 metadata=metadata,
             )
 
-        label = Label(agent=caller.role, text=one_line(reply.answer.text))
-        kickoff.keep(outcome.made.context, store, label, note, continued=basis.continued)
+        line = one_line(reply.answer.text)
+        kickoff.keep(outcome.made.context, store, note, basis.continued, agent=caller.role, text=line)
 
 
 def _default_name() -> str:

@@ -61,14 +61,6 @@ class PastCall:
     metadata: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Label:
-    """What people read beside a handle: who made it, and one line."""
-
-    agent: str
-    text: str
-
-
 @dataclass(eq=False)
 class Run:
     """The calls of one kickoff, or of one `handover` block, by key: a task's id, else an agent's, else empty.
@@ -99,21 +91,23 @@ class Run:
         self,
         context: Context,
         store: ContextStore,
-        label: Label,
         note: Callable[[ContextHandle], PastCall],
         continued: PastCall | None = None,
+        *,
+        agent: str,
+        text: str,
     ) -> PastCall:
         """Store a call's context, and note the call. A context that it continued, and thereby holds, is released.
 
         Args:
             context: What the call left.
             store: Where to put it.
-            label: What people read beside its handle.
             note: Makes the call's `PastCall` of its handle.
             continued: The call whose context it continued; a run that keeps contexts does not release it.
+            agent, text: What people read beside its handle.
         """
         with self._lock:  # equal calls have equal handles: nobody may delete one between its put and its note
-            turn = note(store.put(context, scope=self.scope, agent=label.agent, text=label.text))
+            turn = note(store.put(context, scope=self.scope, agent=agent, text=text))
             self._turns.append(turn)
             if continued in self._turns and not self.keeps:
                 self._turns.remove(continued)

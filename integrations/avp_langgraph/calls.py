@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -27,18 +27,20 @@ from avp_agents.agent.exchange import (
     Made,
     ThinkRequest,
     describe,
+    generate_options,
     make,
     one_line,
     put,
     settle,
+    think_options,
 )
 from avp_agents.agent.ladder import OnMissing, Prepared
+from avp_agents.agent.settings import AgentSettings, Mode
 from avp_agents.agent.steps import Telling, in_thread
 from avp_agents.agent.turns import Scope, content_digest, source_note
 from avp_agents.answer import TextDelta
 from avp_agents.answer.generation import Chunk, TokenLogprob
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
-from avp_agents.context import LatentMethod
 from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
 from avp_agents.handle import ContextHandle
@@ -47,7 +49,6 @@ from avp_langgraph.events import stream_handoff
 from avp_langgraph.messages import DIGEST_KEY, HANDLE_KEY, METADATA_KEY, REASONING_KEY, THINK_KEY, read_messages
 from avp_langgraph.tool_calling import Constraints
 
-Mode = Literal["text", "latent"]
 ScopePolicy = Literal["thread", "user", "open"]
 
 PROVIDER = "avp"
@@ -59,50 +60,26 @@ _USER_KEYS = ("user_id", "langgraph_auth_user_id")
 _IGNORED = frozenset({"stream"})
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call's options. Where one is None, the engine's default holds.
+class Call(AgentSettings):
+    """One call's options.
 
     Attributes:
         model: Name or folder of the model; None is the default model.
-        mode: Whether to answer with text or with latent steps.
-        latent_steps, latent_method, latent_k: How to think.
-        temperature, ..., timeout: The engine's options of the same names.
-        on_missing: What to do about a context that is lost.
+        max_tokens, logprobs, stop, chat_template_kwargs: The engine's options of the same names.
         avp_context: The handle of a context to answer on.
         tools, tool_choice, parallel_tool_calls, response_format: See `Constraints`.
     """
 
     model: str | None
-    mode: Mode
-    latent_steps: int
-    latent_method: LatentMethod | None
-    latent_k: int | None
-    temperature: float | None
     max_tokens: int | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
     logprobs: int | None
     stop: Sequence[str] | None
     chat_template_kwargs: Mapping[str, Any] | None
-    timeout: float | None
-    on_missing: OnMissing
-    avp_context: object = field(default=None)
+    avp_context: object = None
     tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
     response_format: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise ConfigurationError(f"mode must be 'text' or 'latent', not {self.mode!r}.")
-        if self.on_missing not in get_args(OnMissing):
-            raise ConfigurationError(f"on_missing must be 'text' or 'error', not {self.on_missing!r}.")
-        if self.latent_steps < 1:
-            raise ConfigurationError(f"latent_steps must be at least 1, not {self.latent_steps}.")
 
     def overridden(self, stop: Sequence[str] | None, options: Mapping[str, Any]) -> Call:
         """The call with the options that it was made with.
@@ -111,12 +88,17 @@ class Call:
             ConfigurationError: An option is unknown, or out of range.
         """
         given = {name: value for name, value in options.items() if name not in _IGNORED}
-        known = {option.name for option in fields(Call)}
+        known = Call.model_fields.keys() - {"engine", "engine_options"}
         if unknown := sorted(given.keys() - known):
             raise ConfigurationError(f"Unknown option {unknown[0]!r}; a call knows {', '.join(sorted(known))}.")
-        if stop is not None:
-            given["stop"] = stop
-        return replace(self, **given)
+        call = self.model_copy(update=given | ({} if stop is None else {"stop": stop}))
+        if call.mode not in get_args(Mode):
+            raise ConfigurationError(f"mode must be 'text' or 'latent', not {call.mode!r}.")
+        if call.on_missing not in get_args(OnMissing):
+            raise ConfigurationError(f"on_missing must be 'text' or 'error', not {call.on_missing!r}.")
+        if call.latent_steps < 1:
+            raise ConfigurationError(f"latent_steps must be at least 1, not {call.latent_steps}.")
+        return call
 
     @property
     def constraints(self) -> Constraints | None:
@@ -131,20 +113,12 @@ class Call:
 
     def generate_options(self, source: str) -> GenerateOptions:
         """For `Engine.generate` and `Engine.stream`; without what `constraints` adds."""
-        names = GenerateOptions.__annotations__.keys() - {"tools"}
-        options: dict[str, Any] = {name: value for name in names if (value := getattr(self, name, None)) is not None}
-        return GenerateOptions(**options, source=source)
+        return generate_options(vars(self), source)
 
     def think_options(self, source: str) -> ThinkOptions:
         """For `Engine.think`."""
-        options = {
-            "method": self.latent_method,
-            "k": self.latent_k,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "tools": constraints.definitions or None if (constraints := self.constraints) is not None else None,
-            "timeout": self.timeout,
-        }
-        return ThinkOptions(**{name: value for name, value in options.items() if value is not None}, source=source)
+        constraints = self.constraints
+        return think_options(vars(self), source, () if constraints is None else constraints.definitions)
 
 
 def current_scope(policy: ScopePolicy) -> Scope:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -25,16 +23,15 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SkipValidation, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
-from avp_agents.agent.ladder import OnMissing
+from avp_agents.agent.settings import AgentSettings
 from avp_agents.agent.steps import astream, stream
-from avp_agents.context import LatentMethod
 from avp_agents.engine.protocol import Engine
 from avp_agents.engine.registry import shared_engine
 from avp_agents.errors import AvpError, ConfigurationError
 from avp_agents.models.embedded import ENVIRONMENT_VARIABLE, NAME
-from avp_langgraph.calls import PROVIDER, Call, Mode, ScopePolicy, chunks, current_scope, shown_name
+from avp_langgraph.calls import PROVIDER, Call, ScopePolicy, chunks, current_scope, shown_name
 from avp_langgraph.errors import raise_known
 from avp_langgraph.messages import read_messages
 from avp_langgraph.profile import declared_window, model_profile
@@ -45,13 +42,14 @@ from avp_langgraph.tool_calling import Constraints, Tool, tool_definitions
 _HOSTED_ONLY = frozenset({"api_key", "base_url", "max_retries"})
 
 
-class AvpChatModel(BaseChatModel):
+class AvpChatModel(BaseChatModel, AgentSettings):
     """A chat model that runs in this process and can hand over what it thought instead of what it wrote.
 
     No weights are loaded when it is made: the first call looks the engine up (`avp_agents.engine.registry`), which
-    models of the same name and options share. Fields that are None leave the engine's default (see
-    `avp_agents.answer.options.GenerateOptions`). All fields but `engine`, `engine_options`, `namespace`, `scope` and
-    `streaming` can be overridden by a call: ``model.invoke(messages, temperature=0.7)``, ``model.bind(...)``.
+    models of the same name and options share. How to think, to sample and to find the engine are the fields of
+    `AgentSettings`; those that are None leave the engine's default. All fields but `engine`, `engine_options`,
+    `namespace`, `scope` and `streaming` can be overridden by a call: ``model.invoke(messages, temperature=0.7)``,
+    ``model.bind(...)``.
 
     Example:
         >>> researcher = AvpChatModel(mode="latent", latent_steps=20)
@@ -76,39 +74,8 @@ class AvpChatModel(BaseChatModel):
     model_name: str | None = Field(default=None, alias="model")
     """Name or folder of a Hugging Face model; None is the embedded default model."""
 
-    mode: Mode = "text"
-    """``"text"`` decodes an answer. ``"latent"`` runs latent steps, decodes nothing, and answers with a short line for
-    people that stands for the context."""
-
-    latent_steps: int = 20
-    """Latent steps in latent mode; 10 to 20 are usual, more than 40 degrade."""
-
-    latent_method: LatentMethod | None = None
-    """``"soft"``, ``"ridge"`` or ``"rescale"``; by default what suits the model."""
-
-    latent_k: int | None = None
-    """Most likely tokens in the soft embedding."""
-
-    temperature: float | None = None
-    """0 is greedy."""
-
     max_tokens: int | None = None
     """Most tokens to decode."""
-
-    top_p: float | None = None
-    """Nucleus mass in (0, 1]."""
-
-    top_k: int | None = None
-    """Only so many most likely tokens; 0 is all."""
-
-    min_p: float | None = None
-    """Only tokens at least so many times as likely as the most likely one."""
-
-    repetition_penalty: float | None = None
-    """Penalty on ids that prompt and answer hold already; 1 is none."""
-
-    seed: int | None = None
-    """Seed of each request's own random stream."""
 
     logprobs: int | None = None
     """Return each token's log-probability and those of so many most likely ones, in the response's metadata."""
@@ -119,13 +86,6 @@ class AvpChatModel(BaseChatModel):
     chat_template_kwargs: dict[str, Any] | None = None
     """Options of the model's chat template, such as ``{"enable_thinking": False}``."""
 
-    timeout: float | None = None
-    """Seconds until `RequestTimeoutError`, waiting in the queue included."""
-
-    on_missing: OnMissing = "text"
-    """When a context is lost and neither its messages nor its text make up for it: ``"text"`` answers without it, with
-    a warning; ``"error"`` raises `ContextLostError`."""
-
     namespace: str | Callable[[RunnableConfig], str] | None = None
     """The tenant, or a function that names the tenant of a run by its config, so that one graph serves many.
     Namespaces share no context, no KV-cache and no cached answer. None is the default one."""
@@ -134,26 +94,14 @@ class AvpChatModel(BaseChatModel):
     """Where a handle is honoured: in the ``"thread"`` it was minted in, for its ``"user"``, or everywhere in the
     namespace (``"open"``)."""
 
-    engine_options: dict[str, Any] = Field(default_factory=dict)
-    """JSON data for ``LatentEngine.from_pretrained``, such as ``{"dtype": "bfloat16", "device": "cuda"}``."""
-
-    engine: SkipValidation[Engine | None] = Field(default=None, exclude=True, repr=False)
-    """An engine to use instead of a shared one. It is not serialised with the model."""
-
     streaming: bool = False
     """Whether `invoke` streams to callbacks as well."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        """A misspelt option would otherwise be ignored."""
-        if not isinstance(values, dict):
-            return values
-        known = {*cls.model_fields, "model", "stop_sequences"}
-        for name in values.keys() - known - _HOSTED_ONLY:
-            close = get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigurationError(f"AvpChatModel has no option {name!r}.{hint}")
+        if isinstance(values, dict):
+            cls._refuse_options(values, besides=("model", "stop_sequences", *_HOSTED_ONLY))
         return values
 
     @model_validator(mode="after")
@@ -161,20 +109,12 @@ class AvpChatModel(BaseChatModel):
         """An engine that was passed has a model, a store and a namespace already."""
         if self.engine is None:
             return self
-        if self.engine_options:
-            raise ConfigurationError(
-                "engine_options are for an engine that is still to be made; leave out one of both."
-            )
-        engines_own = {"model_name": self.engine.model_path, "namespace": self.engine.store.namespace.name}
         if callable(self.namespace):
             raise ConfigurationError(
                 f"namespace is a function, but the engine's namespace is {self.engine.store.namespace.name!r}. Leave "
                 "the engine out: chat models of one model and options share its weights, whatever their namespaces."
             )
-        for name, value in engines_own.items():
-            if getattr(self, name) not in (None, value):
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}, but the engine's is {value!r}.")
-            setattr(self, name, value)
+        self._agree_with(self.engine, model_field="model_name")
         return self
 
     @model_validator(mode="after")
@@ -360,10 +300,8 @@ class AvpChatModel(BaseChatModel):
         return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | options)
 
     def _call(self) -> Call:
-        options = {
-            field.name: getattr(self, field.name) for field in fields(Call) if field.name in type(self).model_fields
-        }
-        return Call(model=self.model_name, **options)
+        own = {name: getattr(self, name) for name in type(self).model_fields if name in Call.model_fields}
+        return Call.model_construct(model=self.model_name, **own)
 
     def _engine_for(self, model: str | None) -> Engine:
         if self.engine is not None and model == self.model_name:

@@ -15,26 +15,23 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 
-from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun
+from avp_agents.demo import AgentRun, Comparison, DemoRequest, GraphRun, compare
 from avp_agents.engine.protocol import Engine
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.messages import HANDLE_KEY, METADATA_KEY
 
 _RESEARCH = "Analyze the problem carefully."
 _SOLVE = "Solve the problem step by step."
-_WARM_UP = DemoRequest("How many days are there in two weeks?", latent_steps=2, researcher_tokens=4, max_tokens=4)
 
 
 def run(engine: Engine, request: DemoRequest, report: Callable[[str], None]) -> Comparison:
-    """Run both graphs on one engine, after a short run of each on another question that warms the model."""
-    report("Warming the model up")
-    for graph in (latent_graph, text_graph):
-        _measure(engine, graph(engine, _WARM_UP), _WARM_UP.question)
-    report(f"Latent graph: the researcher thinks for {request.latent_steps} steps")
-    latent = _measure(engine, latent_graph(engine, request), request.question)
-    report(f"Text graph: the researcher writes up to {request.researcher_tokens} tokens")
-    text = _measure(engine, text_graph(engine, request), request.question)
-    return Comparison(latent, text)
+    """Run both graphs on one engine."""
+
+    def run_graph(request: DemoRequest, latent: bool) -> GraphRun:
+        graph = latent_graph(engine, request) if latent else text_graph(engine, request)
+        return _measure(engine, graph, request.question)
+
+    return compare(run_graph, request, report, graph="graph")
 
 
 def latent_graph(engine: Engine, request: DemoRequest) -> CompiledStateGraph:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 
 from avp_agents.agent.exchange import put
-from avp_agents.agent.ladder import Prepared, prepare
+from avp_agents.agent.ladder import Ladder, Prepared, prepare
 from avp_agents.agent.steps import Plan, arun, ask, in_thread, run
 from avp_agents.engine.protocol import Engine, JoinStrategy
 from avp_agents.errors import ConfigurationError, ContextLostError
@@ -21,7 +21,7 @@ from avp_langgraph.calls import current_scope
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.events import stream_handoff
 from avp_langgraph.messages import read_messages
-from avp_langgraph.state import Key, field_of, handle_in, key_in
+from avp_langgraph.state import Key, field_of, handle_in, own_key
 
 Keys = Sequence[str] | Callable[[Any], Sequence[str]] | None
 """Keys of `contexts` in the order in which the contexts are joined; a function that makes them from the state; or None
@@ -79,15 +79,15 @@ class JoinNode(RunnableLambda[Any, dict[str, Any]]):
         return await arun(self._joined(state, config))
 
     def _joined(self, state: Any, config: RunnableConfig) -> Plan[dict[str, Any]]:
-        own, handles = self._own_key(state, config), self._handles(state, config)
+        own = own_key(state, self._key, config, type(self).__name__)
+        handles = self._handles(state, own)
         engine = yield from in_thread(self._model._engine_for, self._model.model_name)
         scope = current_scope(self._model.scope)
         # the state's messages can make up for a lost thought; the contexts that they stand for themselves do not matter
         turns = [replace(turn, handle=None) for turn in read_messages(field_of(state, "messages") or [])]
         found: dict[str, Prepared] = {}
         for key, handle in handles.items():
-            prepared = yield from prepare(engine, turns, handle, scope=scope, on_missing=self._model.on_missing)
-            found[key] = prepared
+            found[key] = yield from prepare(Ladder(engine, scope, self._model.on_missing), turns, handle)
         contexts = {key: prepared.context for key, prepared in found.items() if prepared.context is not None}
         if not contexts:
             raise ContextLostError("All contexts to join are lost. Run the nodes that made them again.")
@@ -102,17 +102,11 @@ class JoinNode(RunnableLambda[Any, dict[str, Any]]):
         stream_handoff(made, scope.agent)
         return {"contexts": {own: handle.labelled(agent=scope.agent, text=line).to_state()}}
 
-    def _own_key(self, state: Any, config: RunnableConfig) -> str:
-        key = key_in(state, self._key) or config.get("metadata", {}).get("langgraph_node")
-        if not key:
-            raise ConfigurationError("Outside of a graph a JoinNode needs a key=.")
-        return key
-
-    def _handles(self, state: Any, config: RunnableConfig) -> dict[str, Any]:
+    def _handles(self, state: Any, own: str) -> dict[str, Any]:
         """The handles to join by key, in order; those that were taken back are left out."""
         keys = self._contexts(state) if callable(self._contexts) else self._contexts
         if keys is None:
-            keys = sorted((field_of(state, "contexts") or {}).keys() - {self._own_key(state, config)})
+            keys = sorted((field_of(state, "contexts") or {}).keys() - {own})
         handles = {key: handle for key in keys if (handle := handle_in(state, key)) is not None}
         if not handles:
             raise ConfigurationError(

@@ -20,7 +20,7 @@ from avp_agents.engine.protocol import Engine
 from avp_agents.errors import ConfigurationError
 from avp_langgraph.chat_model import AvpChatModel
 from avp_langgraph.messages import HANDLE_KEY
-from avp_langgraph.state import Key, field_of, handle_in, key_in
+from avp_langgraph.state import Key, field_of, handle_in, key_in, own_key
 
 Prompt = str | Callable[[Any], LanguageModelInput] | None
 """A system message before the state's messages; a function that makes the prompt from the state; or those messages."""
@@ -44,9 +44,7 @@ class _ContextNode(RunnableLambda[Any, dict[str, Any]]):
         return self._update(state, config, answer)
 
     def _update(self, state: Any, config: RunnableConfig, answer: AIMessage) -> dict[str, Any]:
-        key = key_in(state, self._key) or config.get("metadata", {}).get("langgraph_node")
-        if not key:
-            raise ConfigurationError(f"Outside of a graph a {type(self).__name__} needs a key=.")
+        key = own_key(state, self._key, config, type(self).__name__)
         return {"contexts": {key: answer.response_metadata[HANDLE_KEY]}}
 
     def _prompt_from(self, state: Any) -> LanguageModelInput:

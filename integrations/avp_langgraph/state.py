@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from langchain_core.runnables import RunnableConfig
 from typing_extensions import TypedDict
 
 from avp_agents.errors import ConfigurationError, InvalidHandleError
@@ -56,6 +57,18 @@ class ContextState(TypedDict, total=False):
 def key_in(state: Any, key: Key) -> str | None:
     """A key that may be made from the state."""
     return key(state) if callable(key) else key
+
+
+def own_key(state: Any, key: Key, config: RunnableConfig, node: str) -> str:
+    """Where a node's handle goes in `contexts`: under its key, or its name in the graph.
+
+    Raises:
+        ConfigurationError: It has neither.
+    """
+    own = key_in(state, key) or config.get("metadata", {}).get("langgraph_node")
+    if not own:
+        raise ConfigurationError(f"Outside of a graph a {node} needs a key=.")
+    return own
 
 
 def field_of(state: Any, name: str) -> Any:
