@@ -212,9 +212,9 @@ class ModelRuntime:
         captures = self._captures(loaded)
         if self._batch_invariant:
             runner = InvariantRunner(loaded, pool, latent_step, rows=self._max_batch)
-            return Model(runner, (ChunkNotes(), splices), same_shapes, INVARIANT_CHUNK)
+            return Model(runner, splices, (ChunkNotes(),), same_shapes, INVARIANT_CHUNK)
         runner = CapturedRunner(loaded, pool, latent_step) if captures else ModelRunner(loaded, pool, latent_step)
-        return Model(runner, (splices,))
+        return Model(runner, splices)
 
     def _captures(self, loaded: LoadedModel) -> bool:
         """Whether steps run as captured graphs."""

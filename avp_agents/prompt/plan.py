@@ -24,7 +24,7 @@ from itertools import takewhile
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
-from avp_agents.answer.reasoning import CLOSING, OPENING, ReasoningSplit
+from avp_agents.answer.builder import CLOSING, OPENING, ReasoningSplit
 from avp_agents.answer.tool_format import GENERIC, ToolDefinition, ToolFormat
 from avp_agents.context import Context, LatentSegment, TokenSegment
 from avp_agents.errors import ConfigurationError, ContextWindowError, PromptError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from avp_agents.answer.reasoning import CLOSING
+from avp_agents.answer.builder import CLOSING
 from avp_agents.context import Context, Segment, TokenSegment
 from avp_agents.prompt.chat_template import TurnRenderer
 from avp_agents.prompt.encoder import PromptEncoder

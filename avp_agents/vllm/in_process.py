@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from avp_agents.engine.core.sampling import Sampled
-from avp_agents.engine.sampling_options import MAX_LOGPROBS
+from avp_agents.engine.requests import MAX_LOGPROBS
 from avp_agents.errors import ConfigurationError, EngineBusyError, EngineError, UnsupportedModelError
 from avp_agents.vllm.backend import Decoding, Facts, Step
 from avp_agents.vllm.lineage_prompt import LineagePrompt

@@ -7,15 +7,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
-from avp_agents.answer.builder import AnswerBuilder
+from avp_agents.answer.builder import CLOSING, AnswerBuilder
 from avp_agents.answer.detokenizer import TextStream
 from avp_agents.answer.options import GenerateOptions, ThinkOptions
-from avp_agents.answer.reasoning import CLOSING
 from avp_agents.context import Context
 from avp_agents.engine.core.sampling import SamplingParams
 from avp_agents.engine.join import Joiner
 from avp_agents.engine.protocol import JoinStrategy
-from avp_agents.engine.sampling_options import sampling_params
+from avp_agents.engine.requests import sampling_params
 from avp_agents.errors import ConfigurationError, ContextWindowError, UnsupportedModelError
 from avp_agents.lineage import in_dtype
 from avp_agents.prompt.chat_messages import Message, Prompt

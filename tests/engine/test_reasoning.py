@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from avp_agents.answer.reasoning import ReasoningSplit
+from avp_agents.answer.builder import ReasoningSplit
 
 Begins = Literal["start", "reasoning", "text"]
 

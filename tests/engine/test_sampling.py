@@ -24,7 +24,7 @@ from transformers import (
 
 from avp_agents.answer.options import GenerateOptions
 from avp_agents.engine.core.sampling import RowSampler, Sampled, SamplingParams, sample
-from avp_agents.engine.sampling_options import sampling_params
+from avp_agents.engine.requests import sampling_params
 from avp_agents.errors import ConfigurationError, NumericalError
 
 VOCAB = 1000

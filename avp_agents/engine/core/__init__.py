@@ -11,6 +11,6 @@
     latent_step.py   f(h): from a last hidden state to the next input embedding
     sampling.py      from logits to a token
 
-Nothing here knows prompts, text, stores, protocols or frameworks. What is off by default stands in
-`avp_agents.engine.extras`, behind `scheduler.Extra` and subclasses of `forward.ModelRunner`.
+Nothing here knows prompts, text, stores, protocols or frameworks. What is off by default stands in `engine/extras/`,
+behind `sequence.Extra` and subclasses of `forward.ModelRunner`.
 """

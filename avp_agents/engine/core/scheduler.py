@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from avp_agents.engine.core.forward import ModelRunner, Piece, PieceOutput
-from avp_agents.engine.core.sequence import Decoding, Ended, Sequence, Thinking, take_latents, take_tokens
+from avp_agents.engine.core.forward import ModelRunner, PieceOutput
+from avp_agents.engine.core.sequence import Decoding, Ended, Extra, Sequence, Thinking, take_latents, take_tokens
 from avp_agents.engine.core.start import FindStart, longest_match, place
 from avp_agents.errors import (
     AvpError,
@@ -58,31 +58,20 @@ class EngineStats:
     steps: int
 
 
-class Extra:
-    """What a round does besides, where an engine asks for it (`avp_agents.engine.extras`). Does nothing by itself."""
-
-    def admitting(self, sequence: Sequence) -> None:
-        """Before a sequence gets its region; an `AvpError` refuses it."""
-
-    def before_round(self, running: list[Sequence]) -> None:
-        """Before the pieces of a round are chosen."""
-
-    def after_fed(self, sequence: Sequence, piece: Piece) -> None:
-        """A piece was run; its positions are in the pool."""
-
-
 @dataclass(frozen=True)
 class Model:
     """What the scheduler's thread runs.
 
     Attributes:
         runner: The model on its KV pool.
-        extras: What a round does besides.
+        splices: What a sequence with splices needs (`Request.extras`).
+        extras: What every sequence needs, in an engine that asks for more than usual.
         find_start: Which KV-cache a sequence starts from.
         prefill_chunk: Every prompt runs in chunks of so many positions; None shares `PREFILL_BUDGET` among all.
     """
 
     runner: ModelRunner
+    splices: Extra
     extras: tuple[Extra, ...] = ()
     find_start: FindStart = longest_match
     prefill_chunk: int | None = None
@@ -112,8 +101,7 @@ class Scheduler:
         ready: Future[Model] = Future()
         self._thread = threading.Thread(target=self._live, args=(load, ready), name="avp-scheduler", daemon=True)
         self._thread.start()
-        self._model = ready.result()
-        self.runner, self.pool = self._model.runner, self._model.runner.pool
+        ready.result()
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence; `Sequence.ended` is called when it is done.
@@ -166,7 +154,7 @@ class Scheduler:
         except BaseException as error:
             ready.set_exception(error)
             return
-        self._model, self.pool = model, model.runner.pool
+        self.model, self.runner, self.pool = model, model.runner, model.runner.pool
         ready.set_result(model)
         with torch.inference_mode():
             while self._wait_for_work():
@@ -206,9 +194,9 @@ class Scheduler:
             if sequence is None:
                 return
             try:
-                for extra in self._model.extras:
+                for extra in sequence.request.extras:
                     extra.admitting(sequence)
-                placed = place(sequence, self.pool, self._model.find_start)
+                placed = place(sequence, self.pool, self.model.find_start)
             except AvpError as error:
                 self._end(sequence, error)
                 continue
@@ -221,18 +209,18 @@ class Scheduler:
 
     def _round(self) -> None:
         """One forward pass for everybody who fits."""
-        extras = self._model.extras
         sequences = list(self._running)
         try:
-            for extra in extras:
-                extra.before_round(self._running)
+            for sequence in sequences:
+                for extra in sequence.request.extras:
+                    extra.before_round(sequence)
             chosen = self._choose()
             sequences = [sequence for sequence, _ in chosen]
             pieces = [sequence.next_piece(budget) for sequence, budget in chosen]
-            outputs = self._model.runner.run(pieces)
+            outputs = self.model.runner.run(pieces)
             for sequence, piece in zip(sequences, pieces, strict=True):
                 sequence.fed(piece.count)
-                for extra in extras:
+                for extra in sequence.request.extras:
                     extra.after_fed(sequence, piece)
             self._steps += 1
             for sequence, error in self._take(sequences, outputs):
@@ -242,7 +230,7 @@ class Scheduler:
 
     def _choose(self) -> list[tuple[Sequence, int]]:
         """All sequences past their prefill, and prefilling ones within the budget, with their share of it."""
-        chunk = self._model.prefill_chunk
+        chunk = self.model.prefill_chunk
         budget = PREFILL_BUDGET if chunk is None else sys.maxsize
         chosen: list[tuple[Sequence, int]] = []
         for sequence in self._running:
@@ -257,7 +245,7 @@ class Scheduler:
     def _take(self, sequences: list[Sequence], outputs: list[PieceOutput]) -> Iterator[Ended]:
         """Hand each output to its sequence, latent steps and samples for all rows at once; yields who ended."""
         ready = [(s, output) for s, output in zip(sequences, outputs, strict=True) if not s.prefilling]
-        runner = self._model.runner
+        runner = self.model.runner
         yield from take_tokens([(s, o) for s, o in ready if isinstance(s, Decoding)], vocab_limit=runner.vocab_limit)
         yield from take_latents([(s, o) for s, o in ready if isinstance(s, Thinking)], runner.latent_step)
         for sequence, _ in ready:

@@ -26,6 +26,19 @@ from avp_agents.errors import AvpError, NumericalError
 from avp_agents.kv_cache import HostKv
 
 
+class Extra:
+    """What a sequence needs besides (`avp_agents.engine.extras`). Does nothing by itself."""
+
+    def admitting(self, sequence: Sequence) -> None:
+        """Before the sequence gets its region; an `AvpError` refuses it."""
+
+    def before_round(self, sequence: Sequence) -> None:
+        """Before the pieces of a round are chosen."""
+
+    def after_fed(self, sequence: Sequence, piece: Piece) -> None:
+        """A piece was run; its positions are in the pool."""
+
+
 @dataclass(eq=False)
 class Request:
     """What a caller submitted.
@@ -39,6 +52,7 @@ class Request:
         host_context: `prefix` or `base`; None without `host_kv`.
         source: Admission is fair between sources.
         deadline: `time.monotonic()` at which the request times out.
+        extras: What its sequence needs besides.
     """
 
     owner: Owner
@@ -49,6 +63,7 @@ class Request:
     host_context: Context | None = None
     source: str = ""
     deadline: float | None = None
+    extras: tuple[Extra, ...] = ()
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 

@@ -19,7 +19,7 @@ from avp_agents.engine.core.forward import ModelRunner, Piece, PieceOutput
 from avp_agents.engine.core.kv_pool import KvPool, PooledKv
 from avp_agents.engine.core.latent_step import LatentStep
 from avp_agents.engine.core.model import LoadedModel
-from avp_agents.engine.core.scheduler import Extra
+from avp_agents.engine.core.sequence import Extra
 from avp_agents.engine.core.sequence import Sequence as RunningSequence
 from avp_agents.engine.core.start import Found
 from avp_agents.lineage import shared_positions

@@ -29,8 +29,7 @@ from avp_agents.engine.core.forward import Piece
 from avp_agents.engine.core.kv_pool import KvPool
 from avp_agents.engine.core.model import Forward, LoadedModel
 from avp_agents.engine.core.prefill import Move
-from avp_agents.engine.core.scheduler import Extra
-from avp_agents.engine.core.sequence import Sequence
+from avp_agents.engine.core.sequence import Extra, Sequence
 from avp_agents.errors import UnsupportedModelError
 from avp_agents.lineage import concatenated, shared_positions
 
@@ -88,8 +87,6 @@ class Splices(Extra):
         Raises:
             UnsupportedModelError: Keys of this model cannot be moved exactly.
         """
-        if not _has_splices(sequence):
-            return
         if self._rotaries is None and self._refusal is None:
             try:
                 self._rotaries = self._find()
@@ -99,20 +96,16 @@ class Splices(Extra):
             raise self._refusal
 
     @override
-    def before_round(self, running: list[Sequence]) -> None:
+    def before_round(self, sequence: Sequence) -> None:
         """Fill in splices whose keys and values are still where they were made."""
-        if not self._copies:
-            return
-        for sequence in running:
-            while _has_splices(sequence) and _copy_splice(sequence, self._pool):
-                # of splices within it, the keys were moved before they were copied
-                self._move(sequence, _moves_due(sequence)[-1:])
+        while self._copies and _copy_splice(sequence, self._pool):
+            # of splices within it, the keys were moved before they were copied
+            self._move(sequence, _moves_due(sequence)[-1:])
 
     @override
     def after_fed(self, sequence: Sequence, piece: Piece) -> None:
         """Rotate the keys of splices that have just been completed."""
-        if _has_splices(sequence):
-            self._move(sequence, _moves_due(sequence))
+        self._move(sequence, _moves_due(sequence))
 
     def _move(self, sequence: Sequence, moves: tuple[Move, ...]) -> None:
         assert sequence.region is not None
@@ -246,10 +239,6 @@ class _KeyRecorder(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
-
-
-def _has_splices(sequence: Sequence) -> bool:
-    return any(run.splice is not None for run in sequence.runs)
 
 
 def _moves_due(sequence: Sequence) -> tuple[Move, ...]:
