@@ -15,7 +15,6 @@ from avp_agents.engine.core.attention import Layout, PoolCache
 from avp_agents.engine.core.kv_pool import LayerShape
 from avp_agents.engine.core.latent_step import Vocabulary
 from avp_agents.errors import UnsupportedModelError
-from avp_agents.store import ContextStore as _forbidden  # noqa: F401
 
 
 @dataclass(frozen=True)

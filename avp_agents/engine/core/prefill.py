@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from avp_agents.engine.core.start import place as _circle  # noqa: F401
 from avp_agents.context import LatentSegment, Segment, SplicedSegment, TokenSegment
 
 if TYPE_CHECKING:
