@@ -24,7 +24,7 @@ from avp_agents.engine.crossing import LocalCrossing
 from avp_agents.engine.join import Joiner, JoinReport
 from avp_agents.engine.protocol import JoinStrategy
 from avp_agents.engine.runtime import ModelRuntime
-from avp_agents.engine.sequences import Answer, Delivering, Replay, Report, Scheduled, Thought
+from avp_agents.engine.sequences import AnswerSequence, Delivering, ReplaySequence, Report, Scheduled, ThoughtSequence
 from avp_agents.engine.verbs import T, Work
 from avp_agents.errors import ConfigurationError, ContextWindowError, StoreError
 from avp_agents.kv_cache import HostKv
@@ -69,7 +69,7 @@ class RequestBuilder:
         request, report = self._prompt_request(plan, options), self._report(plan.relation, plan.notes, crossed)
         # f, a stopping rule, or the readout of a run that may end early
         looks_at_logits = self._latent_step.needs_logits(recipe) or recipe.stop_cosine is not None
-        return self._work(Thought(request, recipe, report, looks_at_logits=looks_at_logits))
+        return self._work(ThoughtSequence(request, recipe, report, looks_at_logits=looks_at_logits))
 
     def answer(self, prompt: Prompt, context: Context | None, options: GenerateOptions) -> Work[Chunk]:
         """For `LatentEngine.generate` and `stream`."""
@@ -89,12 +89,12 @@ class RequestBuilder:
         split = plan.reasoning_split(marked=runtime.renderer.marks_reasoning)
         ends, asked = frozenset(params.stop_token_ids), params.logprobs is not None
         builder = AnswerBuilder(max_tokens, ends, text, split, runtime.token_text, logprobs=asked)
-        return self._work(Answer(request, max_tokens, sampler, builder, report))
+        return self._work(AnswerSequence(request, max_tokens, sampler, builder, report))
 
     def replay(self, context: Context) -> Work[Context]:
         """For `LatentEngine.replay`."""
         self._runtime.crossing.check_model(context)
-        return self._work(Replay(self._request(context), self._report("replay")))
+        return self._work(ReplaySequence(self._request(context), self._report("replay")))
 
     def _constraint(self, grammar: Grammar | None, plan: PromptPlan, max_tokens: int) -> Constraint | None:
         """What the answer may be; reasoning that the prompt has opened stands before it."""
@@ -116,7 +116,7 @@ class RequestBuilder:
             raise ContextWindowError(window=window, context=len(context), prompt=0, requested=1)
         request = self._request(context)
         _limit(request, timeout, source)
-        return self._work(Replay(request, JoinReport(loaded.fingerprint, loaded.dtype_name, joined)))
+        return self._work(ReplaySequence(request, JoinReport(loaded.fingerprint, loaded.dtype_name, joined)))
 
     def _work(self, sequence: Delivering[T]) -> Work[T]:
         return Scheduled(self._scheduler, sequence)

@@ -142,7 +142,7 @@ class Scheduled(Work[T]):
         self._scheduler.cancel(self._sequence)
 
 
-class Replay(Delivering[Context]):
+class ReplaySequence(Delivering[Context]):
     """Rebuilds a context's KV-cache; done when that is prefilled."""
 
     def __init__(self, request: Request, report: Report) -> None:
@@ -158,7 +158,7 @@ class Replay(Delivering[Context]):
         return self._last
 
 
-class Thought(Thinking, Delivering[Context]):
+class ThoughtSequence(Thinking, Delivering[Context]):
     """Runs latent steps; the context ends in them."""
 
     def __init__(self, request: Request, recipe: LatentRecipe, report: Report, *, looks_at_logits: bool) -> None:
@@ -173,7 +173,7 @@ class Thought(Thinking, Delivering[Context]):
         return self._last
 
 
-class Answer(Decoding, Delivering[Chunk]):
+class AnswerSequence(Decoding, Delivering[Chunk]):
     """Decodes an answer and delivers it piece by piece."""
 
     def __init__(

@@ -161,7 +161,7 @@ class _StoredShare(Extent):
 
 
 @dataclass(frozen=True)
-class Link:
+class ShareLink:
     """One segment of a stored lineage, as the KV-cache along it is concerned.
 
     Attributes:
@@ -175,12 +175,12 @@ class Link:
     content: str
 
 
-def links_of(segment_ids: Sequence[str], lineage: Sequence[Segment], dtype: str) -> list[Link]:
+def links_of(segment_ids: Sequence[str], lineage: Sequence[Segment], dtype: str) -> list[ShareLink]:
     """A lineage's segments, first one first."""
     links, stop = [], 0
     for segment_id, segment, content in zip(segment_ids, lineage, content_digests(lineage, dtype), strict=True):
         stop += len(segment)
-        links.append(Link(segment_id, stop, content))
+        links.append(ShareLink(segment_id, stop, content))
     return links
 
 
@@ -197,7 +197,7 @@ def content_digests(lineage: Iterable[Segment], dtype: str) -> list[str]:
     return digests
 
 
-def read_kv(extents: Mapping[str, Extent], links: Iterable[Link]) -> HostKv | None:
+def read_kv(extents: Mapping[str, Extent], links: Iterable[ShareLink]) -> HostKv | None:
     """The longest cache without a gap that the shares along a lineage hold: views of one, or copies of several."""
     pieces: list[HostKv] = []
     covered, geometry = 0, None
@@ -217,12 +217,12 @@ def read_kv(extents: Mapping[str, Extent], links: Iterable[Link]) -> HostKv | No
 class MissingKv:
     """Positions ``start:stop`` that belong into a link's share."""
 
-    link: Link
+    link: ShareLink
     start: int
     stop: int
 
 
-def missing_kv(extents: Mapping[str, Extent], links: Iterable[Link], length: int) -> list[MissingKv]:
+def missing_kv(extents: Mapping[str, Extent], links: Iterable[ShareLink], length: int) -> list[MissingKv]:
     """The positions that a cache of `length` would add to the shares along a lineage.
 
     A share that is one position short of what it could hold stays: an answer's last token often has no KV yet, and the
@@ -241,7 +241,7 @@ def missing_kv(extents: Mapping[str, Extent], links: Iterable[Link], length: int
     return missing
 
 
-def _continues(extent: Extent, link: Link, covered: int) -> bool:
+def _continues(extent: Extent, link: ShareLink, covered: int) -> bool:
     """Whether a link's share was computed from just these values and leaves no gap after the `covered` positions."""
     return extent.content == link.content and extent.start <= covered < extent.stop
 

@@ -1,9 +1,9 @@
 """One request on its way through vLLM: what it sends, and what it makes of the tokens that come back.
 
-Request           prefills a lineage
+VllmRequest       prefills a lineage
 ├── Replaying     ... and is done: vLLM's prefix cache holds it
 ├── Answering     ... then decodes tokens
-└── Thinking      ... then runs latent steps (in `thinking`)
+└── ThinkingRequest ... then runs latent steps (in `thinking`)
 
 Text, stop strings and reasoning are cut here, from token ids, by the same code as in a `LatentEngine`.
 """
@@ -23,7 +23,7 @@ from avp_agents.engine.core.sampling import Sampled
 from avp_agents.engine.verbs import Events
 from avp_agents.errors import EngineError
 from avp_agents.usage import Handoff, Usage
-from avp_agents.vllm.backend import Decoding, Step
+from avp_agents.vllm.backend import DecodingOptions, Step
 from avp_agents.vllm.lineage_prompt import LineagePrompt
 from avp_agents.vllm.plugin.kv_request import KvRequest
 
@@ -60,7 +60,7 @@ class Order:
         return (*base, TokenSegment(self.prompt_ids)) if self.prompt_ids else base
 
 
-class Request(ABC, Generic[T]):
+class VllmRequest(ABC, Generic[T]):
     """An order, and what is known of it so far.
 
     Args:
@@ -76,7 +76,7 @@ class Request(ABC, Generic[T]):
         UnsupportedModelError: The lineage cannot be represented in vLLM.
     """
 
-    def __init__(self, order: Order, decoding: Decoding) -> None:
+    def __init__(self, order: Order, decoding: DecodingOptions) -> None:
         self.order, self._decoding = order, decoding
         self.events: Events[T] = Events()
         self.prompt = LineagePrompt.of(order.lineage)
@@ -84,7 +84,7 @@ class Request(ABC, Generic[T]):
         self._prefilled: float | None = None
 
     @property
-    def decoding(self) -> Decoding:
+    def decoding(self) -> DecodingOptions:
         """How vLLM is to decode."""
         kv = self.order.kv
         return self._decoding if kv is None else self._decoding.moving(kv)
@@ -158,11 +158,11 @@ class Request(ABC, Generic[T]):
         )
 
 
-class Replaying(Request[Context]):
+class Replaying(VllmRequest[Context]):
     """Has vLLM prefill a lineage, so that its prefix cache holds it. vLLM decodes one token at least; it is dropped."""
 
     def __init__(self, order: Order) -> None:
-        super().__init__(order, Decoding({"max_tokens": 1, "temperature": 0.0}))
+        super().__init__(order, DecodingOptions({"max_tokens": 1, "temperature": 0.0}))
         self._done = False
 
     @property
@@ -189,7 +189,7 @@ class Replaying(Request[Context]):
         return context
 
 
-class Answering(Request[Chunk]):
+class Answering(VllmRequest[Chunk]):
     """Decodes tokens until a stop or the limit.
 
     Args:
@@ -200,7 +200,9 @@ class Answering(Request[Chunk]):
             `max_tokens` would not suffice.
     """
 
-    def __init__(self, order: Order, decoding: Decoding, builder: AnswerBuilder, constraint: Constraint | None) -> None:
+    def __init__(
+        self, order: Order, decoding: DecodingOptions, builder: AnswerBuilder, constraint: Constraint | None
+    ) -> None:
         super().__init__(order, decoding)
         self._builder, self._constraint = builder, constraint
 

@@ -27,7 +27,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingOptions:
     """How to decode.
 
     Attributes:
@@ -46,7 +46,7 @@ class Decoding:
     wants_transfer: bool = False
     salt: str | None = None
 
-    def moving(self, kv: KvRequest) -> Decoding:
+    def moving(self, kv: KvRequest) -> DecodingOptions:
         """The same, with keys and values loaded or saved."""
         return replace(self, transfer=(self.transfer or {}) | kv.transfer_params(), salt=kv.salt)
 
@@ -79,7 +79,7 @@ class Backend(Protocol):
         """
         ...
 
-    def decode(self, prompt: LineagePrompt, decoding: Decoding) -> AsyncGenerator[Step, None]:
+    def decode(self, prompt: LineagePrompt, decoding: DecodingOptions) -> AsyncGenerator[Step, None]:
         """Prefill a prompt and decode; leaving the generator aborts the request in vLLM.
 
         Raises:

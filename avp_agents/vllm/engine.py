@@ -23,10 +23,10 @@ from avp_agents.prompt.chat_messages import Prompt
 from avp_agents.prompt.plan import PromptRenderer
 from avp_agents.store import ContextStore, default_store, open_store
 from avp_agents.tracing import start_operation
-from avp_agents.vllm.answer import Request, T
+from avp_agents.vllm.answer import T, VllmRequest
 from avp_agents.vllm.backend import Backend
 from avp_agents.vllm.in_process import InProcess
-from avp_agents.vllm.requests import RequestBuilder
+from avp_agents.vllm.requests import VllmRequestBuilder
 from avp_agents.vllm.served_model import ModelSettings, ServedModel
 from avp_agents.vllm.server import Address, Server
 from avp_agents.vllm.worker import Sent, Worker
@@ -259,7 +259,7 @@ class VllmEngine(EngineVerbs):
     def _check_receivable(self, context: Context) -> None:
         self._runtime.requests.check_receivable(context)
 
-    def _sent(self, request: Request[T]) -> Work[T]:
+    def _sent(self, request: VllmRequest[T]) -> Work[T]:
         return Sent(self._runtime.worker, request)
 
 
@@ -269,7 +269,7 @@ class _Runtime:
     def __init__(self, model: ServedModel, backend: Backend, *, loads_kv: bool) -> None:
         self._model, self._backend, self._loads_kv = model, backend, loads_kv
         self._lock = threading.Lock()
-        self._running: tuple[Worker, RequestBuilder] | None = None
+        self._running: tuple[Worker, VllmRequestBuilder] | None = None
         self._closed = False
 
     @property
@@ -278,7 +278,7 @@ class _Runtime:
         return self._started()[0]
 
     @property
-    def requests(self) -> RequestBuilder:
+    def requests(self) -> VllmRequestBuilder:
         """Who makes requests for it."""
         return self._started()[1]
 
@@ -289,13 +289,13 @@ class _Runtime:
             if self._running is not None:
                 self._running[0].close()
 
-    def _started(self) -> tuple[Worker, RequestBuilder]:
+    def _started(self) -> tuple[Worker, VllmRequestBuilder]:
         with self._lock:
             if self._closed:
                 raise EngineClosedError("The engine was closed.")
             if self._running is None:
                 worker = Worker(self._backend)
-                self._running = worker, RequestBuilder(self._model, worker.facts, loads_kv=self._loads_kv)
+                self._running = worker, VllmRequestBuilder(self._model, worker.facts, loads_kv=self._loads_kv)
             return self._running
 
 

@@ -13,7 +13,7 @@ import torch
 from avp_agents.engine.core.sampling import Sampled
 from avp_agents.engine.requests import MAX_LOGPROBS
 from avp_agents.errors import ConfigurationError, EngineBusyError, EngineError, UnsupportedModelError
-from avp_agents.vllm.backend import Decoding, Facts, Step
+from avp_agents.vllm.backend import DecodingOptions, Facts, Step
 from avp_agents.vllm.lineage_prompt import LineagePrompt
 from avp_agents.vllm.plugin.options import plugin_options
 from avp_agents.vllm.served_model import ServedModel
@@ -99,7 +99,7 @@ class InProcess:
         dtype = str(model.dtype).removeprefix("torch.")
         return Facts(int(model.max_model_len), dtype, thinks=self._latent_steps)
 
-    async def decode(self, prompt: LineagePrompt, decoding: Decoding) -> AsyncGenerator[Step, None]:
+    async def decode(self, prompt: LineagePrompt, decoding: DecodingOptions) -> AsyncGenerator[Step, None]:
         """See `Backend.decode`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams

@@ -21,14 +21,14 @@ from avp_agents.prompt.chat_messages import Message, Prompt
 from avp_agents.prompt.plan import PromptPlan
 from avp_agents.usage import Handoff, HandoffMode, Usage
 from avp_agents.vllm.answer import Answering, Order, Replaying
-from avp_agents.vllm.backend import Decoding, Facts
+from avp_agents.vllm.backend import DecodingOptions, Facts
 from avp_agents.vllm.constraining import Marker, structured_outputs
 from avp_agents.vllm.plugin.kv_request import KvRequest
 from avp_agents.vllm.served_model import ServedModel
-from avp_agents.vllm.thinking import Thinking, thought_request
+from avp_agents.vllm.thinking import ThinkingRequest, thought_request
 
 
-class RequestBuilder:
+class VllmRequestBuilder:
     """Makes requests for one model. Everything that can be checked before vLLM is asked is checked here.
 
     Args:
@@ -49,7 +49,7 @@ class RequestBuilder:
         max_tokens = params.token_budget(self._facts.window - len(plan))
         plan.check_window(self._facts.window, max(1, max_tokens))
         sampling = _sampling(params, max_tokens, seeded=options.get("seed") is not None)
-        decoding = Decoding(sampling, params.logprobs)
+        decoding = DecodingOptions(sampling, params.logprobs)
         constraint = None
         if (grammar := options.get("grammar")) is not None:
             if params.min_tokens:
@@ -65,12 +65,12 @@ class RequestBuilder:
         builder = AnswerBuilder(max_tokens, stop_ids, text, split, model.token_text, logprobs=asked)
         return Answering(self._order(plan, options), decoding, builder, constraint)
 
-    def thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> Thinking:
+    def thinking(self, prompt: Prompt, steps: int, context: Context | None, options: ThinkOptions) -> ThinkingRequest:
         """A think request. See `VllmEngine.think`."""
         asked = thought_request(steps, options, self._facts)
         plan = self._plan(prompt, context, options)
         plan.check_window(self._facts.window, asked.max_tokens)
-        return Thinking(self._order(plan, options), asked)
+        return ThinkingRequest(self._order(plan, options), asked)
 
     def replaying(self, context: Context) -> Replaying:
         """A replay request. See `VllmEngine.replay`."""

@@ -28,7 +28,7 @@ from avp_agents.errors import (
     RequestTimeoutError,
     TransportError,
 )
-from avp_agents.vllm.backend import Decoding, Facts, Step
+from avp_agents.vllm.backend import DecodingOptions, Facts, Step
 from avp_agents.vllm.content_parts import TEMPLATE, Content, ContentWriter
 from avp_agents.vllm.lineage_prompt import LineagePrompt
 from avp_agents.vllm.served_model import ServedModel
@@ -137,7 +137,7 @@ class Server:
         self._client = httpx.AsyncClient(**self._address.options)
         return Facts(int(served.get("max_model_len") or self._model.window), dtype, thinks=True)
 
-    async def decode(self, prompt: LineagePrompt, decoding: Decoding) -> AsyncGenerator[Step, None]:
+    async def decode(self, prompt: LineagePrompt, decoding: DecodingOptions) -> AsyncGenerator[Step, None]:
         """See `Backend.decode`."""
         body: Json = {
             "model": self._name,

@@ -1,7 +1,7 @@
 """A thought inside vLLM, by the plugin for latent steps: the only place where engine and plugin meet.
 
 thought_request(steps, options)    checks what was asked for
-Thinking                           the request, which ends with a context
+ThinkingRequest                    the request, which ends with a context
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 from avp_agents.answer.options import ThinkOptions
 from avp_agents.context import Context, LatentSegment
 from avp_agents.errors import ConfigurationError, UnsupportedModelError
-from avp_agents.vllm.answer import Order, Request
-from avp_agents.vllm.backend import Decoding, Facts, Step
-from avp_agents.vllm.plugin.request import Thought, ThoughtRequest, read_thought
+from avp_agents.vllm.answer import Order, VllmRequest
+from avp_agents.vllm.backend import DecodingOptions, Facts, Step
+from avp_agents.vllm.plugin.request import ReturnedThought, ThoughtRequest, read_thought
 
 DEGENERATE_STEPS = 40
 _OPTIONS = tuple(ThinkOptions.__annotations__)
@@ -41,7 +41,7 @@ def thought_request(steps: int, options: ThinkOptions, facts: Facts) -> ThoughtR
     return ThoughtRequest(steps, **latent)
 
 
-class Thinking(Request[Context]):
+class ThinkingRequest(VllmRequest[Context]):
     """Runs latent steps. The tokens that vLLM decodes meanwhile stand for them, and mean nothing.
 
     Args:
@@ -52,8 +52,8 @@ class Thinking(Request[Context]):
     def __init__(self, order: Order, asked: ThoughtRequest) -> None:
         body = asked.http_body()
         transfer = body.pop("kv_transfer_params")
-        super().__init__(order, Decoding(body, transfer=transfer, wants_transfer=True))
-        self._thought: Thought | None = None
+        super().__init__(order, DecodingOptions(body, transfer=transfer, wants_transfer=True))
+        self._thought: ReturnedThought | None = None
         self._closed = False
 
     @property

@@ -19,7 +19,7 @@ from avp_agents.errors import (
     RequestTimeoutError,
     TransportError,
 )
-from avp_agents.vllm.answer import Request, T
+from avp_agents.vllm.answer import T, VllmRequest
 from avp_agents.vllm.backend import Backend, Facts
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class Sent(Work[T]):
     """A request as the work of a `Worker`."""
 
-    def __init__(self, worker: Worker, request: Request[T]) -> None:
+    def __init__(self, worker: Worker, request: VllmRequest[T]) -> None:
         super().__init__(request.events)
         self._worker, self._request = worker, request
 
@@ -69,7 +69,7 @@ class Worker:
             self._stop()
             raise
 
-    def submit(self, work: Request[T]) -> None:
+    def submit(self, work: VllmRequest[T]) -> None:
         """Send a request; its events reach ``work.events``.
 
         Raises:
@@ -82,7 +82,7 @@ class Worker:
                 raise EngineClosedError("The engine was closed.")
             self._loop.call_soon_threadsafe(self._begin, work)
 
-    def cancel(self, work: Request[T]) -> None:
+    def cancel(self, work: VllmRequest[T]) -> None:
         """Abort a request in vLLM; one that has ended already is left alone."""
         with self._lock:
             if not self._closing and os.getpid() == self._process:
@@ -102,16 +102,16 @@ class Worker:
         ending.result()
         self._stop()
 
-    def _begin(self, work: Request[T]) -> None:
+    def _begin(self, work: VllmRequest[T]) -> None:
         task = self._loop.create_task(self._run(work))
         self._tasks[work] = task
         task.add_done_callback(lambda _: self._tasks.pop(work, None))
 
-    def _cancel(self, work: Request[T]) -> None:
+    def _cancel(self, work: VllmRequest[T]) -> None:
         if (task := self._tasks.get(work)) is not None:
             task.cancel()
 
-    async def _run(self, work: Request[T]) -> None:
+    async def _run(self, work: VllmRequest[T]) -> None:
         try:
             async with asyncio.timeout(work.order.timeout):
                 await self._decode(work)
@@ -133,7 +133,7 @@ class Worker:
             event = EngineError(f"The request to vLLM failed: {type(error).__name__}: {error}")
         work.events.put(event)
 
-    async def _decode(self, work: Request[T]) -> None:
+    async def _decode(self, work: VllmRequest[T]) -> None:
         finished = False
         async with aclosing(self._backend.decode(work.prompt, work.decoding)) as steps:
             async for step in steps:

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from avp_agents.engine.core.sampling import Sampled
-from avp_agents.vllm.backend import Decoding, Facts, Step
+from avp_agents.vllm.backend import DecodingOptions, Facts, Step
 from avp_agents.vllm.lineage_prompt import LineagePrompt
 
 WINDOW = 2048
@@ -29,14 +29,14 @@ class FakeBackend:
 
     def __init__(self, says: Sequence[int] = (), *, cached: int | None = 0, dtype: str = "float32") -> None:
         self.says, self.cached, self.dtype = list(says), cached, dtype
-        self.asked: list[tuple[LineagePrompt, Decoding]] = []
+        self.asked: list[tuple[LineagePrompt, DecodingOptions]] = []
         self.left = 0
         self.closed = False
 
     async def start(self) -> Facts:
         return Facts(WINDOW, self.dtype, thinks=False)
 
-    async def decode(self, prompt: LineagePrompt, decoding: Decoding) -> AsyncGenerator[Step, None]:
+    async def decode(self, prompt: LineagePrompt, decoding: DecodingOptions) -> AsyncGenerator[Step, None]:
         self.asked.append((prompt, decoding))
         most = decoding.sampling["max_tokens"]
         says = self.says[:most]

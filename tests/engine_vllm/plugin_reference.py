@@ -14,7 +14,7 @@ from vllm import LLM
 
 from avp_agents import LatentEngine, MemoryStore, Namespace
 from avp_agents.context import LatentSegment, Readout
-from avp_agents.vllm.plugin.request import Thought, ThoughtRequest
+from avp_agents.vllm.plugin.request import ReturnedThought, ThoughtRequest
 
 STEPS, TOKENS = 20, 32
 ASKED = ThoughtRequest(steps=STEPS)
@@ -69,7 +69,7 @@ def _answer(model: Any, token_ids: tuple[int, ...], latents: torch.Tensor) -> li
     return found
 
 
-def assert_same(thought: Thought, reference: Expected) -> None:
+def assert_same(thought: ReturnedThought, reference: Expected) -> None:
     """A thought and its readout are those of `LatentEngine`."""
     scale = float(reference.latents.abs().max())
     torch.testing.assert_close(thought.embeddings[0], reference.latents[0], atol=2e-5 * scale, rtol=0)

@@ -31,7 +31,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Run:
+class PrefillRun:
     """A segment that is prefilled in one frame.
 
     Attributes:
@@ -50,15 +50,15 @@ class Run:
     moves: tuple[Move, ...] = ()
 
 
-def prefill_runs(lineage: Sequence[Segment]) -> tuple[Run, ...]:
+def prefill_runs(lineage: Sequence[Segment]) -> tuple[PrefillRun, ...]:
     """The runs of a lineage, in order; together they cover all of its positions."""
-    runs: list[Run] = []
+    runs: list[PrefillRun] = []
     _add_runs(runs, lineage, (), 0, None)
     return tuple(runs)
 
 
 def _add_runs(
-    runs: list[Run], lineage: Sequence[Segment], frame: tuple[Span, ...], start: int, splice: int | None
+    runs: list[PrefillRun], lineage: Sequence[Segment], frame: tuple[Span, ...], start: int, splice: int | None
 ) -> int:
     """Append the runs of `lineage`, which begins at `start` and sees `frame`; returns where it ends."""
     for segment in lineage:
@@ -69,16 +69,16 @@ def _add_runs(
             stop = _add_runs(runs, segment.segments, _leading(frame, segment.prefix), start, around)
             last = runs.pop()
             move = Move(start, stop, frame_length(frame) - segment.prefix)
-            runs.append(Run(last.start, last.stop, last.segment, last.frame, last.splice, (*last.moves, move)))
+            runs.append(PrefillRun(last.start, last.stop, last.segment, last.frame, last.splice, (*last.moves, move)))
         else:
             stop = start + len(segment)
-            runs.append(Run(start, stop, segment, frame, splice))
+            runs.append(PrefillRun(start, stop, segment, frame, splice))
         frame = extended(frame, (start, stop))
         start = stop
     return start
 
 
-def whole_positions(runs: Sequence[Run], length: int) -> int:
+def whole_positions(runs: Sequence[PrefillRun], length: int) -> int:
     """The positions among the first `length` that another sequence may start behind: none of half a splice."""
     return next((r.splice for r in runs if r.splice is not None and r.splice < length < r.stop), length)
 
@@ -107,7 +107,7 @@ def _leading(frame: tuple[Span, ...], count: int) -> tuple[Span, ...]:
 
 
 def next_inputs(
-    runs: Sequence[Run], start: int, budget: int
+    runs: Sequence[PrefillRun], start: int, budget: int
 ) -> tuple[tuple[Sequence[int] | torch.Tensor, ...], tuple[Span, ...] | None]:
     """What to feed from lineage position `start` on: at most `budget` positions that see the same frame.
 
@@ -129,7 +129,7 @@ def next_inputs(
     return tuple(parts), None
 
 
-def _content(run: Run, start: int, budget: int) -> Sequence[int] | torch.Tensor:
+def _content(run: PrefillRun, start: int, budget: int) -> Sequence[int] | torch.Tensor:
     segment = run.segment
     values = segment.token_ids if isinstance(segment, TokenSegment) else segment.embeddings
     return values[start - run.start : start - run.start + budget]

@@ -31,7 +31,7 @@ from avp_agents.errors import ConfigurationError
 from avp_agents.store import open_store
 from avp_agents.vllm.plugin.kv_blocks import KvBlocks
 from avp_agents.vllm.plugin.kv_request import FIELD, KvRequest, PromptStart
-from avp_agents.vllm.plugin.kv_worker import Move, Mover
+from avp_agents.vllm.plugin.kv_worker import KvMove, Mover
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,8 +54,8 @@ _COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPE
 class Moves(KVConnectorMetadata):
     """What a step's workers are to load and save."""
 
-    loads: list[Move] = field(default_factory=list)
-    saves: list[Move] = field(default_factory=list)
+    loads: list[KvMove] = field(default_factory=list)
+    saves: list[KvMove] = field(default_factory=list)
 
 
 @dataclass
@@ -104,7 +104,7 @@ class StoreConnector(KVConnectorBase_V1):
         self._moves = Moves()
         self._mover: Mover | None = None
         self._saved: set[str] = set()
-        self._not_loaded: dict[str, tuple[Move, str]] = {}
+        self._not_loaded: dict[str, tuple[KvMove, str]] = {}
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -232,11 +232,11 @@ class StoreConnector(KVConnectorBase_V1):
     def _step_moves(self) -> Moves:
         return self._connector_metadata if isinstance(self._connector_metadata, Moves) else Moves()
 
-    def _move(self, request: Request, asking: _Asking, block_ids: list[int], start: int, stop: int) -> Move:
+    def _move(self, request: Request, asking: _Asking, block_ids: list[int], start: int, stop: int) -> KvMove:
         ids = request.prompt_token_ids or [0] * request.num_prompt_tokens
         handle_id = asking.asked.handle_id
         assert handle_id is not None
-        return Move(
+        return KvMove(
             request.request_id,
             handle_id,
             PromptStart.of(ids, request.prompt_is_token_ids, request.prompt_embeds, stop),

@@ -24,7 +24,7 @@ THREADS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Move:
+class KvMove:
     """Keys and values of one request, to be loaded or saved.
 
     Attributes:
@@ -58,20 +58,20 @@ class Mover:
         self._store, self._blocks, self._block_size = store, blocks, block_size
         self._model = model
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="avp-kv")
-        self._loading: dict[str, tuple[Move, Future[HostKv]]] = {}
+        self._loading: dict[str, tuple[KvMove, Future[HostKv]]] = {}
 
-    def load(self, move: Move) -> None:
+    def load(self, move: KvMove) -> None:
         """Begin to fetch."""
         self._loading[move.request_id] = move, self._pool.submit(self._fetch, move)
 
-    def finish_loads(self) -> tuple[set[str], dict[str, tuple[Move, str]]]:
+    def finish_loads(self) -> tuple[set[str], dict[str, tuple[KvMove, str]]]:
         """Write what has been fetched since the last call.
 
         Returns:
             Requests that wait no longer, and those among them that have nothing, each with the reason.
         """
         ended = {request_id for request_id, (_, fetched) in self._loading.items() if fetched.done()}
-        failed: dict[str, tuple[Move, str]] = {}
+        failed: dict[str, tuple[KvMove, str]] = {}
         for request_id in ended:
             move, fetched = self._loading.pop(request_id)
             error = fetched.exception()
@@ -85,7 +85,7 @@ class Mover:
                 failed[request_id] = move, f"{type(error).__name__}: {error}"
         return ended, failed
 
-    def save(self, move: Move) -> None:
+    def save(self, move: KvMove) -> None:
         """Copy a request's keys and values, and store them in the background. Its blocks are free when this returns."""
         kv = self._blocks.read(move.block_ids, len(move.prompt), self._block_size)
         if kv is not None:
@@ -96,7 +96,7 @@ class Mover:
         self._pool.shutdown()
         self._store.close()
 
-    def _fetch(self, move: Move) -> HostKv:
+    def _fetch(self, move: KvMove) -> HostKv:
         """The context's keys and values.
 
         Raises:
@@ -109,7 +109,7 @@ class Mover:
         self._blocks.check(kv)
         return kv
 
-    def _keep(self, move: Move, kv: HostKv) -> None:
+    def _keep(self, move: KvMove, kv: HostKv) -> None:
         try:
             context = self._stored(move)
             context.attach(kv=kv)
@@ -120,7 +120,7 @@ class Mover:
         except Exception:  # nobody waits for the outcome, so this is where it is told
             log.exception("Keeping keys and values of %s failed", move.handle_id)
 
-    def _stored(self, move: Move) -> Context:
+    def _stored(self, move: KvMove) -> Context:
         """The context that a request names, if the request begins with it.
 
         Raises:

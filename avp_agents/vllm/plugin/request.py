@@ -111,7 +111,7 @@ class ThoughtRequest:
 
 
 @dataclass(frozen=True)
-class Thought:
+class ReturnedThought:
     """What came of a latent request.
 
     Attributes:
@@ -126,7 +126,7 @@ class Thought:
     readout: Readout
 
 
-def read_thought(transfer_params: Mapping[str, Any] | None) -> Thought:
+def read_thought(transfer_params: Mapping[str, Any] | None) -> ReturnedThought:
     """The thought in a finished latent request's ``kv_transfer_params``.
 
     Raises:
@@ -154,7 +154,7 @@ def read_thought(transfer_params: Mapping[str, Any] | None) -> Thought:
         raise NumericalError(f"NaN or Inf at latent step {step}; try dtype='float32'.")
     last = len(hidden) - 1
     readout = Readout(hidden[last].clone(), tensors["token_ids"][last].long(), tensors["probabilities"][last].clone())
-    return Thought(embeddings.clone(), recipe, readout)
+    return ReturnedThought(embeddings.clone(), recipe, readout)
 
 
 def _has_settled(step: int, tensors: Mapping[str, torch.Tensor], recipe: LatentRecipe) -> bool:
