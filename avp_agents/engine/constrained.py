@@ -20,6 +20,8 @@ class ConstrainedSampler(RowSampler):
         constraint: What the answer may be.
     """
 
+    masks = True
+
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int], constraint: Constraint) -> None:
         super().__init__(params, prompt_ids)
         self._constraint = constraint

@@ -20,7 +20,6 @@ from torch import Tensor
 from avp_agents.errors import EngineError, NumericalError
 
 DEFAULT_MAX_TOKENS = 512
-
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing float32 logits by them would overflow."""
 
@@ -79,6 +78,7 @@ class RowSampler:
     What constrains answers is a subclass: it masks scores, and may take another token than the one drawn.
 
     Attributes:
+        masks: Whether `masked` may rule out tokens.
         was_cut: Whether the answer was brought to its end because `max_tokens` would not have sufficed.
 
     Args:
@@ -86,7 +86,7 @@ class RowSampler:
         prompt_ids: All ids of context and prompt, for the repetition penalty. Latent positions have none.
     """
 
-    was_cut = False
+    masks = was_cut = False
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int] = ()) -> None:
         self.params = params
@@ -141,7 +141,7 @@ class RowSampler:
             return scores
         stops = [t for t in self.params.stop_token_ids if t < len(scores)]
         going_on = scores.index_fill(0, torch.tensor(stops, device=scores.device), -math.inf)
-        return going_on if bool((going_on > -math.inf).any()) else scores
+        return scores if self.masks and not bool((going_on > -math.inf).any()) else going_on
 
     def distribution(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """What the next token is drawn from: scores, then temperature, top_k, top_p and min_p, in this order.
