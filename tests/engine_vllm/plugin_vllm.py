@@ -34,7 +34,7 @@ from vllm.outputs import RequestOutput
 
 from avp_agents.vllm.plugin import register
 from avp_agents.vllm.plugin.options import plugin_options
-from avp_agents.vllm.plugin.request import Thought, ThoughtRequest, read_thought
+from avp_agents.vllm.plugin.request import ReturnedThought, ThoughtRequest, read_thought
 
 BLOCK = 128
 """Positions in one of vLLM's KV blocks on a CPU."""
@@ -56,7 +56,7 @@ def thinking_vllm(path: str | Path, **options: Any) -> Iterator[LLM]:
         gc.collect()
 
 
-def think(llm: LLM, prompts: Sequence[Sequence[int]], asked: ThoughtRequest) -> list[Thought]:
+def think(llm: LLM, prompts: Sequence[Sequence[int]], asked: ThoughtRequest) -> list[ReturnedThought]:
     """Thoughts about prompts of token ids, all at once."""
     params = SamplingParams(**asked.sampling_options())
     outputs = llm.generate([TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts], params, use_tqdm=False)
